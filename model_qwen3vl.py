@@ -1,0 +1,870 @@
+"""Qwen3-VL (dense) by hand: pictures and chat -> Batch -> residual stream -> logits.
+
+    Qwen3VL            the network; its parameters carry the names of a Hugging Face checkpoint
+      VisionModel        patches -> blocks -> merger, and a DeepStack merger for some of the blocks
+      TextModel          embeddings -> decoder layers, with an explicit hook on the residual stream -> norm
+    generate           one prefill per prompt; its samples share the prefix; finished prompts leave
+    Processor          chat and pictures -> Batch, left-padded
+    load, save         Hugging Face layout, safetensors only
+
+    B rows    T tokens in this call    S cache slots     V vocabulary     G samples per prompt
+    D residual width    F MLP inner width    H query heads    K key/value heads    d head width
+    N patches of a picture    M = N / merge**2 image tokens    E vision width    p patch size
+
+One forward serves training, prefill, decoding and evaluation. Left out: videos, mixture-of-experts checkpoints, beam search, dropout.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+# ------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower, named as in `vision_config` of config.json."""
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+    initializer_range: float = 0.02
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the decoder, named as in `text_config` of config.json."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    mrope_section: tuple
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    initializer_range: float = 0.02
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig:
+    """What config.json says of a `qwen3_vl` checkpoint; `raw` is the JSON itself, written back on saving."""
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple
+    pad_token_id: int
+    raw: dict = field(repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, raw, generation=None):
+        """Read a config.json dict, old style (rope_theta, rope_scaling) or new (rope_parameters).
+
+        generation: generation_config.json's dict, which decides on the end-of-sequence tokens.
+        Raises ValueError where the checkpoint is no dense Qwen3-VL or a size is missing or absurd.
+        """
+        if raw.get("model_type") != "qwen3_vl":
+            hint = "mixture-of-experts is not supported" if "moe" in str(raw.get("model_type")) else "not a Qwen3-VL"
+            raise ValueError(f"config.json: model_type is {raw.get('model_type')!r} ({hint}); 'qwen3_vl' is needed")
+        text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
+        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "mrope"):
+            raise ValueError(f"config.json: text_config rope_type {kind!r} is not supported; 'default' is")
+        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 500000.0))
+        text["mrope_section"] = tuple(rope.get("mrope_section", (24, 20, 20)))
+        text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
+        text.setdefault("head_dim", text.get("hidden_size", 0) // (text.get("num_attention_heads") or 1))
+        vision["deepstack_visual_indexes"] = tuple(vision.get("deepstack_visual_indexes", (8, 16, 24)))
+        vision["rope_theta"] = (vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+        generation = generation or {}
+        eos = generation.get("eos_token_id", raw.get("eos_token_id", text.get("eos_token_id")))
+        eos = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
+        pad = generation.get("pad_token_id", raw.get("pad_token_id", text.get("pad_token_id")))
+        cfg = cls(
+            text=_build(TextConfig, text, "text_config"), vision=_build(VisionConfig, vision, "vision_config"),
+            image_token_id=raw.get("image_token_id", 151655), video_token_id=raw.get("video_token_id", 151656),
+            vision_start_token_id=raw.get("vision_start_token_id", 151652),
+            vision_end_token_id=raw.get("vision_end_token_id", 151653),
+            tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+            eos_token_ids=eos, pad_token_id=pad if pad is not None else (eos[0] if eos else 0), raw=raw)
+        if cfg.vision.out_hidden_size != cfg.text.hidden_size:
+            raise ValueError(f"config.json: vision out_hidden_size {cfg.vision.out_hidden_size} must equal "
+                             f"text hidden_size {cfg.text.hidden_size}")
+        if 2 * sum(cfg.text.mrope_section) != cfg.text.head_dim:
+            raise ValueError(f"config.json: mrope_section {list(cfg.text.mrope_section)} must add up to half of "
+                             f"head_dim {cfg.text.head_dim}")
+        return cfg
+
+    @property
+    def never_sampled(self):
+        """Vision tokens: sampled, they would announce a picture that is not there."""
+        return [self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id]
+
+
+def _build(cls, values, where):
+    """A config dataclass from a JSON dict; a missing or absurd size names itself."""
+    known = {f.name: f for f in fields(cls)}
+    chosen = {name: values[name] for name in known if name in values}
+    for name, f in known.items():
+        value = chosen.get(name, f.default)
+        if f.type is int and not (isinstance(value, int) and 0 < value < 2**31):
+            found = f"is {chosen[name]!r}" if name in chosen else "is missing"
+            raise ValueError(f"config.json: {where}.{name} {found}; a positive whole number is needed")
+    return cls(**chosen)
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+@dataclass
+class Batch:
+    """Rows of tokens, left-padded, with their pictures.
+
+    A row may hold several continuations of one prompt side by side: `segments` is -1 for padding, 0 for the prompt and
+    1..G for its continuations; a token sees the prompt and its own continuation. That is how G responses share a prefix.
+    """
+    input_ids: torch.Tensor                    # (B, T)
+    attention_mask: torch.Tensor = None        # (B, T) 1 for real tokens; None: all real
+    pixel_values: torch.Tensor = None          # (sum of N, 3 * temporal * p * p), patches of all pictures in row order
+    image_grid_thw: torch.Tensor = None        # (pictures, 3) patches per picture: 1, rows, columns
+    image_features: list = None                # per picture (1 + DeepStack, M, D): what encode_images made of it
+    position_ids: torch.Tensor = None          # (3, B, T) time, height, width; None: computed from the tokens
+    segments: torch.Tensor = None              # (B, T); None: prompts alone
+
+    def to(self, device):
+        move = lambda v: v.to(device) if torch.is_tensor(v) else [t.to(device) for t in v] if v is not None else None
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+def no_hook(value, site, layer):
+    """The default hook: look at nothing, change nothing."""
+    return value
+
+
+class Qwen3VL(nn.Module):
+    """Qwen3-VL with random weights; `from_pretrained` reads a checkpoint."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.model = nn.ModuleDict({"visual": VisionModel(cfg.vision), "language_model": TextModel(cfg.text)})
+        self.lm_head = nn.Linear(cfg.text.hidden_size, cfg.text.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv3d)) and not module.weight.is_meta:
+                nn.init.normal_(module.weight, std=cfg.text.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.cfg.tie_word_embeddings:
+            self.lm_head.weight = self.text.embed_tokens.weight
+
+    @property
+    def text(self):
+        return self.model["language_model"]
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def forward(self, batch, hook=no_hook, cache=None):
+        """Tokens and pictures -> hidden states after the last norm, (B, T, D).
+
+        hook(value, site, layer) -> value is called at two sites of every decoder layer and what it returns goes on:
+        "mlp_inner" (B, T, F), which down_proj multiplies, and "resid" (B, T, D), the residual stream as the next layer
+        reads it. cache: a Cache to read earlier tokens from and append these to.
+        Raises ValueError where image tokens and pictures do not match.
+        """
+        ids = batch.input_ids                                               # (B, T)
+        segments = batch.segments
+        if segments is None:
+            mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask
+            segments = mask.long() - 1                                      # (B, T) padding -1, prompt 0
+        positions = batch.position_ids
+        if positions is None:
+            positions = mrope_positions(ids, segments >= 0, batch.image_grid_thw, self.cfg)    # (3, B, T)
+        x = self.text.embed_tokens(ids)                                     # (B, T, D)
+        slots, features = None, self._image_features(batch)
+        if features is not None:
+            slots = (ids == self.cfg.image_token_id).nonzero(as_tuple=True)
+            if len(slots[0]) != features.shape[1]:
+                raise ValueError(f"the text has {len(slots[0])} image tokens but the pictures give {features.shape[1]}")
+            x = x.index_put(slots, features[0].to(x.dtype))
+        return self.text(x, positions, segments, slots, features, cache, hook)
+
+    def _image_features(self, batch):
+        """(1 + DeepStack, tokens of all pictures, D), or None for text alone."""
+        if batch.image_features is not None:
+            return torch.cat(batch.image_features, dim=1) if batch.image_features else None
+        if batch.pixel_values is None or len(batch.pixel_values) == 0:
+            return None
+        return torch.cat(self.encode_images(batch.pixel_values, batch.image_grid_thw), dim=1)
+
+    def encode_images(self, pixel_values, image_grid_thw):
+        """Pictures -> per picture (1 + DeepStack, M, D): the merged embedding and what DeepStack adds to early layers.
+
+        Worth keeping while the vision tower is frozen: put the list into Batch.image_features.
+        """
+        return self.model["visual"](pixel_values, image_grid_thw)
+
+    def logits(self, hidden):
+        """(..., D) -> (..., V). A call of its own, so that nobody makes (B, T, V) by accident."""
+        return self.lm_head(hidden)
+
+    def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
+        """Log-probabilities of the next token exactly as `generate` samples it: (n, D) -> (n, V) float32.
+
+        Vision tokens are out. top_p keeps the smallest set of tokens whose probability reaches it, and `include` (n,)
+        besides; `support` (n, V) bool takes that set from another policy instead. Outside the set: -inf.
+        """
+        logits = self.logits(hidden).float() / temperature                  # fp32: bf16 loses digits of the softmax
+        logits[:, self.cfg.never_sampled] = -torch.inf
+        if support is None and top_p < 1.0:
+            with torch.no_grad():
+                sorted_p, order = logits.softmax(-1).sort(-1, descending=True)
+                inside = sorted_p.cumsum(-1) - sorted_p < top_p             # the token that crosses top_p stays in
+                support = torch.zeros_like(inside).scatter(-1, order, inside)
+                if include is not None:
+                    support.scatter_(-1, include[:, None], True)
+        if support is not None:
+            logits = logits.masked_fill(~support, -torch.inf)
+        return logits.log_softmax(-1)
+
+
+# ------------------------------------------------------------------------------ decoder
+
+
+class TextModel(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers)])
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def forward(self, x, positions, segments, slots, features, cache, hook):
+        rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, 1, T, d / 2)
+        mask = visible(segments, cache)                                     # (B, 1, T, S)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache, hook)                           # (B, T, D)
+            if features is not None and i + 1 < len(features):              # DeepStack: detail enters after early layers
+                x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
+            x = hook(x, "resid", i)                                         # the residual stream as layer i + 1 reads it
+        if cache is not None:
+            cache.end += x.shape[1]
+        return self.norm(x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, cfg, index):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, index)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg, index)
+
+    def forward(self, x, rope, mask, cache, hook):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + self.mlp(self.post_attention_layernorm(x), hook)
+        return x
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; queries and keys are normalised per head before they are rotated."""
+
+    def __init__(self, cfg, index):
+        super().__init__()
+        self.index, self.head_dim = index, cfg.head_dim
+        D, d, bias = cfg.hidden_size, cfg.head_dim, cfg.attention_bias
+        self.q_proj = nn.Linear(D, cfg.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(D, cfg.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(D, cfg.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(cfg.num_attention_heads * d, D, bias=bias)
+        self.q_norm = RMSNorm(d, cfg.rms_norm_eps)
+        self.k_norm = RMSNorm(d, cfg.rms_norm_eps)
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), rope)   # (B, H, T, d)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), rope)   # (B, K, T, d)
+        v = self.v_proj(x).view(heads).transpose(1, 2)                              # (B, K, T, d)
+        if cache is not None:
+            k, v = cache.write(self.index, k, v)                                    # (B, K, S, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))                   # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg, index):
+        super().__init__()
+        self.index = index
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x, hook):
+        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)                 # (B, T, F)
+        inner = hook(inner, "mlp_inner", self.index)                        # what stage 1's edited matrix multiplies
+        return self.down_proj(inner)                                        # (B, T, D)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def visible(segments, cache):
+    """Which slot each token attends to, (B, 1, T, S) bool: the prompt's and its own continuation's, up to itself."""
+    T = segments.shape[1]
+    past = 0
+    seen = segments
+    if cache is not None:
+        past = cache.end
+        cache.segments[:, past:past + T] = segments
+        seen = cache.segments[:, :past + T]                                 # (B, S)
+    mine = (seen[:, None, :] == 0) | (seen[:, None, :] == segments[:, :, None])     # (B, T, S)
+    slot = torch.arange(past + T, device=segments.device)
+    return (mine & (slot[None, :] <= slot[past:, None]))[:, None]
+
+
+# ------------------------------------------------------------------------------ positions
+
+
+def mrope_positions(ids, real, image_grid_thw, cfg):
+    """Multimodal positions (time, height, width) of every token: (3, B, T).
+
+    Text counts on by one, the same on all three axes. A picture of h x w merged tokens that begins at position s:
+        time    s s s s ...       height  s .. s s+1 .. s+1 ...       width   s s+1 .. s+w-1 s s+1 ...
+    and the text after it goes on at s + max(h, w). Padding stands at 0. real: (B, T) bool.
+    """
+    is_image = (ids == cfg.image_token_id) & real                           # (B, T)
+    step = (real & ~is_image).long()                                        # (B, T) how far each token moves on
+    offset = torch.zeros(3, *ids.shape, dtype=torch.long, device=ids.device)
+    if image_grid_thw is not None and len(image_grid_thw) and is_image.any():
+        first, back, places = [], [], []
+        for t, h, w in image_grid_thw.tolist():
+            h, w = h // cfg.vision.spatial_merge_size, w // cfg.vision.spatial_merge_size
+            place = torch.zeros(3, t * h * w, dtype=torch.long)
+            place[1] = torch.arange(h).repeat_interleave(w).repeat(t)
+            place[2] = torch.arange(w).repeat(h * t)
+            places.append(place)
+            first += [max(h, w)] + [0] * (t * h * w - 1)                    # the first token moves on for the picture
+            back += [max(h, w)] * (t * h * w)
+        if len(back) != int(is_image.sum()):
+            raise ValueError(f"the text has {int(is_image.sum())} image tokens but the pictures give {len(back)}")
+        step[is_image] = torch.tensor(first, device=ids.device)
+        offset[:, is_image] = torch.cat(places, dim=1).to(ids.device) - torch.tensor(back, device=ids.device)
+    offset[:, ~is_image] -= 1
+    return (step.cumsum(1) + offset).clamp_min(0)
+
+
+def mrope_cos_sin(positions, cfg, dtype):
+    """Angles for `rotate`. Frequencies take their axis in turn: t h w t h w ..., then t alone where h and w run out."""
+    d = cfg.head_dim
+    inv_freq = cfg.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)     # (d / 2,)
+    angle = positions[..., None].float() * inv_freq                         # (3, B, T, d / 2) fp32: angles are large
+    axis = torch.zeros(d // 2, dtype=torch.long, device=positions.device)
+    axis[1:3 * cfg.mrope_section[1]:3] = 1
+    axis[2:3 * cfg.mrope_section[2]:3] = 2
+    angle = torch.where(axis == 0, angle[0], torch.where(axis == 1, angle[1], angle[2]))[:, None]   # (B, 1, T, d / 2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, rope):
+    """Turn each pair (x[i], x[i + d / 2]) by its angle. x: (..., d), rope: cos and sin, (..., d / 2)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+# ------------------------------------------------------------------------------ vision tower
+
+
+class VisionModel(nn.Module):
+    """Patches -> image tokens. Patches come grouped by the merge x merge squares that become one token."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        self.pos_embed = nn.Embedding(cfg.num_position_embeddings, cfg.hidden_size)
+        self.blocks = nn.ModuleList([VisionBlock(cfg) for _ in range(cfg.depth)])
+        self.merger = PatchMerger(cfg, norm_merged=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            [PatchMerger(cfg, norm_merged=True) for _ in cfg.deepstack_visual_indexes])
+
+    def forward(self, pixel_values, grid_thw):
+        grids = grid_thw.tolist()
+        sizes = [t * h * w for t, h, w in grids]                            # N per picture
+        x = self.patch_embed(pixel_values)                                  # (sum N, E)
+        table = {g: (self.position_table(*g), *self.rotary(*g)) for g in {tuple(g) for g in grids}}
+        position, cos, sin = (torch.cat([table[tuple(g)][i] for g in grids]) for i in range(3))
+        x = x + position.to(x.dtype)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, (cos, sin), sizes)                                 # (sum N, E)
+            if i in self.cfg.deepstack_visual_indexes:
+                place = self.cfg.deepstack_visual_indexes.index(i)
+                outputs.append(self.deepstack_merger_list[place](x))        # (sum M, D)
+        features = torch.stack([self.merger(x), *outputs])                  # (1 + DeepStack, sum M, D)
+        return list(features.split([n // self.cfg.spatial_merge_size**2 for n in sizes], dim=1))
+
+    def position_table(self, t, h, w):
+        """Learned square grid of positions, resampled to h x w (bilinear, corners aligned), in merge order: (N, E)."""
+        side = math.isqrt(self.cfg.num_position_embeddings)
+        square = self.pos_embed.weight.T.float().view(1, -1, side, side)
+        grid = F.interpolate(square, size=(h, w), mode="bilinear", align_corners=True)[0]       # (E, h, w)
+        return merge_order(grid.permute(1, 2, 0), self.cfg.spatial_merge_size).repeat(t, 1)
+
+    def rotary(self, t, h, w):
+        """Angles of a patch: half of the frequencies turn by its row, half by its column. Two of (N, 1, d / 2)."""
+        half, device = self.cfg.head_dim // 2, self.pos_embed.weight.device
+        inv_freq = self.cfg.rope_theta ** (-torch.arange(0, half, 2, device=device).float() / half)
+        row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        place = merge_order(torch.stack([row, column], -1), self.cfg.spatial_merge_size).repeat(t, 1)   # (N, 2)
+        angle = (place[..., None] * inv_freq).flatten(1)[:, None]           # (N, 1, d / 2)
+        return angle.cos(), angle.sin()
+
+
+def merge_order(grid, merge):
+    """(h, w, C) -> (h * w, C), the patches of one merge x merge square side by side."""
+    h, w, C = grid.shape
+    return grid.reshape(h // merge, merge, w // merge, merge, C).transpose(1, 2).reshape(h * w, C)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        kernel = (cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size)
+        self.proj = nn.Conv3d(cfg.in_channels, cfg.hidden_size, kernel, stride=kernel)
+
+    def forward(self, pixel_values):
+        # A convolution whose kernel is its stride is one matrix product, and much faster so.
+        weight = self.proj.weight.flatten(1)                                # (E, 3 * temporal * p * p)
+        return F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(cfg)
+        self.norm2 = nn.LayerNorm(cfg.hidden_size, eps=1e-6)
+        self.mlp = VisionMLP(cfg)
+
+    def forward(self, x, rope, sizes):
+        x = x + self.attn(self.norm1(x), rope, sizes)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionAttention(nn.Module):
+    """Every patch attends to all patches of its own picture."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.num_heads = cfg.num_heads
+        self.qkv = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
+        self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+
+    def forward(self, x, rope, sizes):
+        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)         # each (sum N, heads, d)
+        q, k = rotate(q.float(), rope).to(v.dtype), rotate(k.float(), rope).to(v.dtype)
+        if len(set(sizes)) == 1:                                                    # pictures of one size: one call
+            q, k, v = (z.view(len(sizes), sizes[0], *z.shape[1:]).transpose(1, 2) for z in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)           # (pictures, N, heads, d)
+        else:
+            parts = zip(*(z.split(sizes) for z in (q, k, v)))
+            out = torch.cat([F.scaled_dot_product_attention(*(z.transpose(0, 1)[None] for z in part))[0].transpose(0, 1)
+                             for part in parts])                                    # (sum N, heads, d)
+        return self.proj(out.reshape(x.shape))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.linear_fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+
+    def forward(self, x):
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class PatchMerger(nn.Module):
+    """merge x merge patches -> one token of the decoder's width. DeepStack's mergers normalise after merging."""
+
+    def __init__(self, cfg, norm_merged):
+        super().__init__()
+        self.width = cfg.hidden_size * cfg.spatial_merge_size**2
+        self.norm = nn.LayerNorm(self.width if norm_merged else cfg.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, cfg.out_hidden_size)
+
+    def forward(self, x):
+        x = self.norm(x.view(-1, *self.norm.normalized_shape)).view(-1, self.width)     # (M, merge**2 * E)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))                              # (M, D)
+
+
+# ------------------------------------------------------------------------------ generation
+
+
+class Cache:
+    """Keys and values of earlier tokens, in buffers of fixed size. Samples of one prompt share its row and its prefix."""
+
+    def __init__(self, cfg, rows, slots, dtype, device):
+        shape = (cfg.num_hidden_layers, rows, cfg.num_key_value_heads, slots, cfg.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)             # (L, B, K, S, d)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.segments = torch.full((rows, slots), -1, device=device)        # (B, S)
+        self.end = 0                                                        # slots in use; the forward moves it on
+
+    def write(self, layer, k, v):
+        stop = self.end + k.shape[2]
+        self.k[layer, :, :, self.end:stop] = k
+        self.v[layer, :, :, self.end:stop] = v
+        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+
+    def keep(self, rows):
+        """Drop all rows but these."""
+        self.k, self.v, self.segments = self.k[:, rows], self.v[:, rows], self.segments[rows]
+
+
+@torch.no_grad()
+def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None):
+    """Continue every row of the batch: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
+
+    Samples of row b are rows b * num_samples onwards. temperature 0 is greedy; else tokens are drawn from
+    `distribution(temperature, top_p)` with the given torch.Generator. Vision tokens are never produced.
+    """
+    cfg, device, G = self.cfg, self.device, num_samples
+    B, P = batch.input_ids.shape
+    eos = torch.tensor(cfg.eos_token_ids, device=device)
+
+    # 1 Prefill: every prompt once, whatever the number of its samples.
+    cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
+    real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+    positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
+    hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)     # (B, G, D)
+    position = (positions.amax((0, 2)) + 1)[None, :, None].expand(3, B, G)                          # (3, B, G)
+    segments = torch.arange(1, G + 1, device=device).expand(B, G)
+
+    tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
+    done = torch.zeros(B, G, dtype=torch.bool, device=device)
+    rows = torch.arange(B, device=device)                                   # rows still decoded, by their first place
+    for n in range(max_new_tokens):
+        # 2 Every sample draws its own next token; a finished one is padded.
+        token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(-1, G)
+        token = token.masked_fill(done, cfg.pad_token_id)
+        tokens[rows, :, n] = token
+        done = done | torch.isin(token, eos)
+        if n + 1 == max_new_tokens or done.all():
+            break
+        # 3 Prompts whose samples are all finished leave, once enough of them do to pay for moving the cache.
+        going = (~done.all(1)).nonzero()[:, 0]
+        if len(going) <= 0.75 * len(rows):
+            cache.keep(going)
+            rows, token, done, segments, position = rows[going], token[going], done[going], segments[going], position[:, going]
+        hidden = self(Batch(token, position_ids=position + n, segments=segments), cache=cache)      # (B, G, D)
+    return tokens[:, :, :n + 1].flatten(0, 1)
+
+
+def _next_token(self, hidden, temperature, top_p, generator):
+    """(n, D) -> (n,) token ids."""
+    if temperature == 0.0:
+        logits = self.logits(hidden)
+        logits[:, self.cfg.never_sampled] = -torch.inf
+        return logits.argmax(-1)
+    p = self.distribution(hidden, temperature, top_p).exp()                 # (n, V)
+    # The first of V exponential clocks of rates p to ring is a sample of p, found without leaving the device.
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+Qwen3VL.generate, Qwen3VL._next_token = generate, _next_token
+
+
+# ------------------------------------------------------------------------------ chat and pictures
+
+
+class Processor:
+    """Chats with pictures -> Batch, as Qwen3-VL's own tokenizer, chat template and image processor do it."""
+
+    def __init__(self, tokenizer, image_settings):
+        self.tokenizer = tokenizer
+        self.patch = image_settings.get("patch_size", 16)
+        self.temporal = image_settings.get("temporal_patch_size", 2)
+        self.merge = image_settings.get("merge_size", 2)
+        self.mean = np.array(image_settings.get("image_mean", [0.5] * 3), np.float32)
+        self.std = np.array(image_settings.get("image_std", [0.5] * 3), np.float32)
+        size = image_settings.get("size") or {}
+        self.min_pixels = image_settings.get("min_pixels") or size.get("shortest_edge", 65536)
+        self.max_pixels = image_settings.get("max_pixels") or size.get("longest_edge", 16777216)
+
+    def __call__(self, conversations, add_generation_prompt=True):
+        """Chats in the Hugging Face messages form; pictures as PIL images or paths. Returns a left-padded Batch.
+
+        Raises ValueError for a picture that cannot be read and for videos.
+        """
+        pictures = [[self.pixels(image) for image in images_of(chat)] for chat in conversations]
+        batch = self.tokens(conversations, [[grid for _, grid in row] for row in pictures], add_generation_prompt)
+        flat = [patches for row in pictures for patches, _ in row]
+        batch.pixel_values = torch.cat(flat) if flat else None
+        return batch
+
+    def tokens(self, conversations, grids, add_generation_prompt=True):
+        """The text half: chats and the grids (1, h, w) of their pictures -> Batch without pixels."""
+        rows = []
+        for chat, row in zip(conversations, grids):
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+            head, *rest = text.split(IMAGE_PAD)
+            if len(rest) != len(row):
+                raise ValueError(f"the chat has {len(row)} pictures but its text has {len(rest)} {IMAGE_PAD}")
+            for (_, h, w), part in zip(row, rest):
+                head += IMAGE_PAD * (h * w // self.merge**2) + part
+            rows.append(self.tokenizer(head, add_special_tokens=False)["input_ids"])
+        T = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[pad] * (T - len(row)) + row for row in rows])                  # (B, T)
+        mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])        # (B, T)
+        flat = [grid for row in grids for grid in row]
+        return Batch(ids, mask, image_grid_thw=torch.tensor(flat) if flat else None)
+
+    def pixels(self, image):
+        """One picture -> patches (N, 3 * temporal * p * p) in merge order, and its grid (1, h, w)."""
+        image = open_image(image)
+        height, width = smart_resize(image.height, image.width, self.patch * self.merge, self.min_pixels, self.max_pixels)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        x = (np.asarray(image, np.float32) / 255 - self.mean) / self.std                    # (height, width, 3)
+        h, w, m, p = height // self.patch, width // self.patch, self.merge, self.patch
+        x = x.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)         # (h/m, w/m, m, m, 3, p, p)
+        x = np.repeat(x.reshape(h * w, 3, 1, p, p), self.temporal, axis=2)                  # a still picture, repeated
+        return torch.from_numpy(x.reshape(h * w, -1)), (1, h, w)
+
+    def decode(self, tokens):
+        """(n, T) token ids -> n texts without special tokens."""
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_name):
+        """Read tokenizer and image settings. Raises ValueError where the tokenizer lacks what Qwen3-VL needs."""
+        folder = checkpoint_folder(path_or_hub_name)
+        from transformers import AutoTokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:      # the tokenizer's readers raise anything, down to a bare Exception
+            raise ValueError(f"{folder}: the tokenizer cannot be read ({first_line(error)})") from None
+        missing = [t for t in SPECIAL_TOKENS if t not in tokenizer.get_vocab()]
+        if missing:
+            raise ValueError(f"{folder}: the tokenizer has no {' '.join(missing)}; Qwen3-VL's own is needed")
+        if not tokenizer.chat_template:
+            raise ValueError(f"{folder}: the tokenizer has no chat template")
+        tokenizer.padding_side = "left"
+        settings = folder / "preprocessor_config.json"
+        processor = cls(tokenizer, read_json(settings) if settings.exists() else {})
+        processor.folder = folder
+        return processor
+
+    def save_pretrained(self, directory):
+        """Copy tokenizer and image settings beside a saved model, unchanged."""
+        for name in PROCESSOR_FILES:
+            if (self.folder / name).exists():
+                write_aside(Path(directory) / name, (self.folder / name).read_bytes())
+
+
+IMAGE_PAD = "<|image_pad|>"
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+                   "video_preprocessor_config.json", "processor_config.json")
+
+
+def images_of(chat):
+    """The pictures of a chat, in order."""
+    items = [item for message in chat if not isinstance(message["content"], str) for item in message["content"]]
+    for item in items:
+        if item.get("type") not in ("image", "text"):
+            raise ValueError(f"a message holds {item.get('type')!r}; only 'text' and 'image' are supported")
+    return [item["image"] for item in items if item["type"] == "image"]
+
+
+def open_image(image):
+    """A PIL image or a path -> RGB, turned as its EXIF tag says."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{image}: no such picture") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{image}: not a picture that can be read ({first_line(error)})") from None
+
+
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """Size nearest to the picture's with both sides multiples of `factor` and the area within the limits, in pixels."""
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"a picture of {width} x {height} is too long; one side may be 200 times the other at most")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return h, w
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def from_pretrained(cls, path_or_hub_name, dtype=None, device=None):
+    """Load a Hugging Face checkpoint, one file or shards, strictly: every tensor is wanted and every shape fits.
+
+    device None: CUDA where there is one. dtype None: the checkpoint's own on CUDA, float32 on a CPU.
+    Raises ValueError (what is wrong in which file) or FileNotFoundError.
+    """
+    folder = checkpoint_folder(path_or_hub_name)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    generation = folder / "generation_config.json"
+    try:
+        cfg = Qwen3VLConfig.from_dict(read_json(folder / "config.json"),
+                                      read_json(generation) if generation.exists() else None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: not a Qwen3-VL configuration ({first_line(error)})") from None
+    with torch.device("meta"):
+        model = cls(cfg)
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    if cfg.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    state = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                for name in opened.keys():
+                    if cfg.tie_word_embeddings and name == "lm_head.weight":
+                        continue
+                    check_tensor(file, name, tuple(opened.get_slice(name).get_shape()), wanted)
+                    value = opened.get_tensor(name)
+                    state[name] = value.to(dtype or (torch.float32 if device.type == "cpu" else value.dtype))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
+    if missing := wanted.keys() - state.keys():
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them")
+    if cfg.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(True).eval()
+
+
+def check_tensor(file, name, shape, wanted):
+    if name not in wanted:
+        raise ValueError(f"{file}: {name} is no tensor of this model")
+    if shape != tuple(wanted[name]):
+        raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(wanted[name])}")
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint: one, or the shards that the index names."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).exists():
+            raise FileNotFoundError(f"{index}: shard {name!r} is not in the folder")
+    return [folder / name for name in names]
+
+
+def save_pretrained(self, directory):
+    """Write config.json, generation_config.json and model.safetensors, each aside and renamed into place."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+    if self.cfg.tie_word_embeddings:
+        del state["lm_head.weight"]             # the same tensor as the embedding; transformers leaves it out too
+    aside = directory / ".model.safetensors.part"
+    save_file(state, aside, metadata={"format": "pt"})
+    os.replace(aside, directory / "model.safetensors")
+    dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+    write_aside(directory / "config.json", json.dumps({**self.cfg.raw, "dtype": dtype}, indent=2).encode())
+    ends = {"eos_token_id": list(self.cfg.eos_token_ids), "pad_token_id": self.cfg.pad_token_id}
+    write_aside(directory / "generation_config.json", json.dumps(ends, indent=2).encode())
+
+
+Qwen3VL.from_pretrained, Qwen3VL.save_pretrained = classmethod(from_pretrained), save_pretrained
+
+
+def checkpoint_folder(path_or_hub_name):
+    """A directory as it is; any other name is fetched from the hub (safetensors and JSON alone, never pickles)."""
+    folder = Path(path_or_hub_name)
+    if folder.is_dir():
+        return folder
+    if not str(path_or_hub_name).count("/") == 1 or str(path_or_hub_name).startswith((".", "/")):
+        raise FileNotFoundError(f"{path_or_hub_name}: no such directory, and no hub name of the form owner/name")
+    from huggingface_hub import snapshot_download
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(path_or_hub_name), allow_patterns=patterns))
+    except Exception as error:          # no network, no such name, no permission: each has its own class
+        raise FileNotFoundError(f"{path_or_hub_name}: no such directory, and the hub did not give it "
+                                f"({first_line(error)})") from None
+
+
+def read_json(path):
+    """Parse a JSON file; ValueError names file and place."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
+
+
+def write_aside(path, data):
+    """Write bytes under another name and rename: a reader sees the whole file or none."""
+    aside = path.with_name(f".{path.name}.part")
+    with open(aside, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(aside, path)
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
