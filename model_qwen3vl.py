@@ -240,6 +240,36 @@ class Qwen3VL(nn.Module):
         """(..., D) -> (..., V). A call of its own, so that nobody makes (B, T, V) by accident."""
         return self.lm_head(hidden)
 
+    def continuations(self, batch, tokens, keep):
+        """Hidden states that predict the kept tokens of G continuations per prompt: (kept tokens, D), in keep's order.
+
+        tokens: (B, G, C) continuations of each row of the batch; keep: (B, G, C) bool, true from the first token up to
+        some last one. A prompt is computed once: its continuations lie beside each other behind it (see Batch), so that
+        the work of a group is P + G * C tokens and not G * (P + C).
+        """
+        B, G, C = tokens.shape
+        P, device = batch.input_ids.shape[1], tokens.device
+        real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)   # (3, B, P)
+        fed = keep[..., 1:].flatten(1)                                      # (B, G * (C - 1)) a last token predicts nothing
+        width = int(fed.sum(1).max())
+        order = (~fed).long().argsort(dim=1, stable=True)[:, :width]        # (B, width) fed tokens first, padding behind
+        inside = fed.gather(1, order)                                       # (B, width)
+        sample, step = order // max(C - 1, 1), order % max(C - 1, 1)
+        ids = tokens[..., :-1].flatten(1).gather(1, order).masked_fill(~inside, self.cfg.pad_token_id)
+        segments = torch.where(inside, sample + 1, -1)
+        place = positions.amax((0, 2))[:, None] + 1 + step                  # (B, width)
+        hidden = self(replace(
+            batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=None,
+            segments=torch.cat([real.long() - 1, segments], 1),
+            position_ids=torch.cat([positions, place.expand(3, B, width)], 2)))             # (B, P + width, D)
+        # The first token is predicted by the end of the prompt, token c by the slot that token c - 1 went to.
+        source = torch.full((B, G, C), P - 1, device=device)
+        rank = fed.long().cumsum(1) - 1                                     # (B, G * (C - 1)) place among the fed tokens
+        source[..., 1:] = (P + rank).view(B, G, C - 1)
+        rows = torch.arange(B, device=device)[:, None, None].expand(B, G, C)
+        return hidden[rows[keep], source[keep]]
+
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
         """Log-probabilities of the next token exactly as `generate` samples it: (n, D) -> (n, V) float32.
 

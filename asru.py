@@ -1,0 +1,511 @@
+"""ASRU removes private facts about people from Qwen3-VL and leaves it answering well.
+
+Activation Steering meets Reinforcement Unlearning, ICML 2026, arXiv 2605.15687.
+
+    python asru.py --forget data/forget.json
+
+Stage 1, `redirect`: one closed-form change of one down_proj moves what the residual stream holds at the end of a forget
+    prompt along v, from "I know" to "I can't tell", and leaves retain prompts where they are.
+Stage 2, `optimize_boundary`: GRPO with a hand-made reward (reward.py) sharpens the line between what is refused and what is
+    answered: sample a group, reward it, compare within the group, take a clipped policy-gradient step.
+
+Read this file downwards, then reward.py, model_qwen3vl.py and eval.py.
+
+Where this differs from the paper or from its released script
+ 1 Stage 1 is the closed form, written as a change of the old weights; the script descends on the same targets.
+ 2 One position everywhere: the last prompt token, the one that decides how the answer begins. The script takes the direction
+   there and trains at the end of the answer.
+ 3 The direction is taken within each way of asking (with a picture, in words alone) and not across them.
+ 4 The key fact must not leak, even inside a refusal; a garbled refusal is none (reward.py).
+ 5 Log-probabilities are those of the distribution sampled from: temperature, top-p and the ban on vision tokens included.
+ 6 Unseen people are among the prompts of stage 2: without them the model begins to answer about strangers.
+ 7 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal rewards are skipped whole,
+   their KL term too.
+"""
+import argparse
+import copy
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from eval import encode, evaluate, load_samples, print_table, print_answers, respond, split_sets
+from model_qwen3vl import Processor, Qwen3VL, first_line, read_json, write_aside
+from reward import Reward, is_refusal
+
+HERE = Path(__file__).parent
+
+# ------------------------------------------------------------------------------ settings
+
+
+def opt(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, its default (the paper's, where it has one) and its help; the command line is made from it."""
+    forget: Path = opt(None, "JSON file of the samples to forget; retain.json, target.json and test.json lie beside it")
+    retain: Path = opt(None, "JSON file of the samples to keep")
+    target: Path = opt(None, "JSON file of private questions about people the model has never seen")
+    test: Path = opt(None, "JSON file of held-out samples, evaluated and never trained on")
+    model: str = opt(str(HERE / "data/tiny-qwen3vl"), "Qwen3-VL checkpoint: a directory or a hub name")
+    out: Path = opt(Path("out"), "where model/, metrics.json, samples.jsonl and log.jsonl go")
+    seed: int = opt(0, "seed of every random choice")
+
+    layer: int = opt(None, "stage 1: decoder layer L, from 0; unset: the one at 17/36 of the depth", least=0)
+    strength: float = opt(3.0, "stage 1: lambda, how far along v forget activations are to move", least=0)
+    ridge: float = opt(0.01, "stage 1: gamma, as a share of the mean squared norm of down_proj's inputs", above=0)
+    boundary: float = opt(0.273, "share of the retain set, nearest to the forget set, that both stages use", above=0, most=1)
+
+    steps: int = opt(100, "stage 2: rollout steps", least=0)
+    prompts: int = opt(64, "stage 2: prompts per step, Q", least=1)
+    group: int = opt(8, "stage 2: responses per prompt, G", least=2)
+    minibatch: int = opt(2, "stage 2: prompts per optimizer step", least=1)
+    microbatch: int = opt(16, "stage 2: prompts per forward and backward; lowers memory, not the result", least=1)
+    mix: float = opt(0.375, "stage 2: share of forget prompts; as many boundary prompts, the rest unseen people", above=0, most=0.5)
+    temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
+    top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
+    lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
+    weight_decay: float = opt(1e-2, "stage 2: weight decay of AdamW", least=0)
+    clip: float = opt(0.2, "stage 2: epsilon of the PPO clip", above=0)
+    kl: float = opt(0.1, "stage 2: beta, weight of the KL to the stage-1 model", least=0)
+    grad_norm: float = opt(1.0, "stage 2: gradient norm is clipped to this", above=0)
+    consistency: float = opt(0.2, "reward: weight of the cross-modal consistency term", least=0, most=0.49)
+    rigidity: float = opt(0.2, "reward: weight of the rigidity term", least=0, most=0.49)
+
+    max_new_tokens: int = opt(50, "longest answer, tokens", least=1)
+    eval_batch: int = opt(64, "prompts per batch in evaluation", least=1)
+    device: str = opt(None, "cpu, cuda, cuda:1 ...; unset: CUDA where there is one")
+    skip_steer: bool = opt(False, "leave out stage 1")
+    skip_rl: bool = opt(False, "leave out stage 2")
+
+
+def asru(model, proc, data, cfg, log):
+    """The whole method at a glance: measure, redirect, measure, sharpen, measure.
+
+    data: samples of "forget", "retain", "target", "test". log: takes a dict per report, for log.jsonl.
+    Returns {stage: {set: (metrics, responses)}} for the stages before, steered, after. The model is changed in place.
+    """
+    prompts = encode_all(model, proc, data)
+    sets = split_sets(data)
+    measure = lambda stage: evaluate_sets(model, proc, sets, prompts, cfg, stage)
+    results = {"before": measure("before")}
+
+    forget, retain, target = (prompts[name] for name in ("forget", "retain", "target"))
+    layer = cfg.layer if cfg.layer is not None else 17 * model.cfg.text.num_hidden_layers // 36
+    target = target.take([i for i, text in enumerate(respond(model, proc, target, cfg.max_new_tokens, cfg.eval_batch))
+                          if is_refusal(text)])                     # knowledge absent: only where the model says so
+    boundary = retain.take(select_boundary(model, forget, retain, layer, cfg.boundary))
+    if not cfg.skip_steer:
+        log({"stage": 1, **redirect(model, forget, boundary, target, layer, cfg)})
+        results["steered"] = measure("steered")
+    if not cfg.skip_rl:
+        optimize_boundary(model, proc, forget, boundary, target, cfg, log)
+    results["after"] = measure("after")
+    return results
+
+
+# ------------------------------------------------------------------------------ stage 1: activation redirection
+#
+#   h(x)   residual stream after layer L at the last prompt token; k(x) the input of layer L's down_proj there
+#   v    = mean h over target - mean h over forget                              from "I know" to "I can't tell"
+#   dW   = argmin  sum_f |dW k_f - lambda v|^2 + sum_r |dW k_r|^2 + gamma |dW|^2
+#   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T              K = [k_f; k_r], T = [lambda v; 0]
+
+
+@torch.no_grad()
+def redirect(model, forget, boundary, target, layer, cfg):
+    """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it did, in units of |v|, as a dict.
+
+    Raises ValueError where the layer does not exist or no target prompt is refused.
+    """
+    keys_f, resid_f = collect_activations(model, forget, layer, cfg)        # (n_f, F), (n_f, D)
+    keys_r, _ = collect_activations(model, boundary, layer, cfg)            # (n_r, F)
+    _, resid_t = collect_activations(model, target, layer, cfg)             # (n_t, D)
+    direction = torch.empty_like(resid_f)                                   # (n_f, D) v of each prompt's way of asking
+    for way in (True, False):
+        f, t = mask_of(forget, way), mask_of(target, way)
+        if f.any():
+            direction[f] = steering_vector(resid_t[t] if t.any() else resid_t, resid_f[f])
+    update = solve_redirection(keys_f, cfg.strength * direction, keys_r, cfg.ridge)         # (D, F)
+    weight = model.text.layers[layer].mlp.down_proj.weight
+    weight += update.to(weight.dtype)
+
+    length = direction.norm(dim=1)                                          # (n_f,) |v|
+    moved_f, moved_r = keys_f @ update.T, keys_r @ update.T                 # (n_f, D), (n_r, D)
+    return {"layer": layer, "strength": cfg.strength, "forget": len(forget), "boundary": len(boundary),
+            "target": len(target), "direction_norm": length.mean().item(),
+            "forget_moved_along_v": ((moved_f * direction).sum(1) / length**2).mean().item(),
+            "retain_moved": (moved_r.norm(dim=1).mean() / length.mean()).item(),
+            "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
+
+
+@torch.no_grad()
+def collect_activations(model, prompts, layer, cfg):
+    """At the last prompt token of layer `layer`: down_proj's input (n, F) and the residual stream (n, D), float64."""
+    found = {"mlp_inner": [], "resid": []}
+
+    def record(value, site, index):
+        if index == layer:
+            found[site].append(value[:, -1].double())                       # left padding: the last token is the last slot
+        return value
+
+    for rows in chunks(range(len(prompts)), cfg.eval_batch):
+        model(prompts.batch(rows, model.device), hook=record)
+    return torch.cat(found["mlp_inner"]), torch.cat(found["resid"])
+
+
+def steering_vector(resid_target, resid_forget):
+    """v = mean h over the target set - mean h over the forget set: (n_t, D), (n_f, D) -> (D,)."""
+    return resid_target.mean(0) - resid_forget.mean(0)
+
+
+def solve_redirection(keys_f, shift, keys_r, ridge):
+    """The smallest change of a matrix that moves forget keys by `shift` and leaves retain keys alone: (D, F).
+
+    keys_f: (n_f, F), shift: (n_f, D), keys_r: (n_r, F), all float64. gamma = ridge * mean |k|^2, so that `ridge` means the same
+    for every layer and model. Solves the smaller of the two systems, n x n or F x F. Raises ValueError on unlike shapes.
+    """
+    if len(keys_f) != len(shift) or keys_f.shape[1] != keys_r.shape[1]:
+        raise ValueError(f"keys {tuple(keys_f.shape)}, shift {tuple(shift.shape)}, retain keys {tuple(keys_r.shape)}")
+    K = torch.cat([keys_f, keys_r])                                         # (n, F)
+    T = torch.cat([shift, shift.new_zeros(len(keys_r), shift.shape[1])])    # (n, D)
+    n, width = K.shape
+    gamma = ridge * K.square().sum(1).mean()
+    if n <= width:
+        return torch.linalg.solve(K @ K.T + gamma * torch.eye(n).to(K), T).T @ K
+    return torch.linalg.solve(K.T @ K + gamma * torch.eye(width).to(K), K.T @ T).T
+
+
+def select_boundary(model, forget, retain, layer, share, cfg):
+    """Indices of the retain samples nearest to the forget set at layer `layer`: `share` of them, by sample, not by person.
+
+    Near: the largest cosine to any forget prompt, of residual streams less the retain mean (the common part tells nothing).
+    """
+    _, resid_f = collect_activations(model, forget, layer, cfg)
+    _, resid_r = collect_activations(model, retain, layer, cfg)
+    unit = lambda h: torch.nn.functional.normalize(h - resid_r.mean(0), dim=1)
+    nearness = (unit(resid_r) @ unit(resid_f).T).amax(1)                    # (n_r,)
+    return nearness.topk(max(1, round(share * len(retain)))).indices.sort().values.tolist()
+
+
+# ------------------------------------------------------------------------------ stage 2: refusal boundary by GRPO
+#
+#   A_i     = (r_i - mean r) / (std r + 1e-6)                   over the G responses of a prompt, std with n - 1
+#   rho     = p(token) / p_old(token)
+#   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1),   q = log p_ref - log p
+#   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
+
+
+def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
+    """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes the decoder in place."""
+    pool = forget + boundary + target
+    roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
+    model.requires_grad_(False)
+    trained = list(model.text.requires_grad_(True).parameters())
+    reference = frozen_copy(model) if cfg.kl else None
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=model.device.type == "cuda")
+    reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
+    rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
+    stream = draw_prompts(pool, roles, cfg, rng)
+    bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
+    for step in bar:
+        started = time.perf_counter()
+        rows, twins = next(stream)
+
+        # 1 Sample G responses to each of Q prompts: tokens (Q, G, C), kept up to and including the end token.
+        tokens, keep = sample_groups(model, pool, rows, cfg, generator)
+
+        # 2 Reward them.
+        texts = [proc.decode(group) for group in tokens]
+        rewards, terms = reward(texts, [pool.samples[i] for i in rows], [roles[i] for i in rows], twins)
+        rewards = torch.tensor(rewards, device=model.device)                # (Q, G)
+
+        # 3 Compare within the group; a group of equal rewards says nothing and is left out.
+        advantage = group_advantage(rewards)                                # (Q, G)
+        live = (rewards.amax(1) > rewards.amin(1)).nonzero()[:, 0].tolist()
+
+        # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
+        stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
+
+        report = {"stage": 2, "step": step, **step_report(texts, rewards, [roles[i] for i in rows], terms, keep),
+                  "live_groups": len(live) / len(rows), **stats}
+        report["tokens_per_s"] = int(keep.sum()) / (time.perf_counter() - started)
+        log(report)
+        bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
+    model.requires_grad_(True)
+
+
+@torch.no_grad()
+def sample_groups(model, pool, rows, cfg, generator):
+    """G responses to each prompt: tokens (Q, G, C) and keep (Q, G, C), true up to and including the end token."""
+    tokens = model.generate(pool.batch(rows, model.device), cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p, generator)
+    tokens = tokens.view(len(rows), cfg.group, -1)
+    ended = torch.isin(tokens, torch.tensor(model.cfg.eos_token_ids, device=tokens.device)).long()
+    return tokens, ended.cumsum(-1) - ended == 0                            # nothing has ended before this token
+
+
+def group_advantage(reward, eps=1e-6):
+    """(Q, G) -> (Q, G): how much better than its group, in the group's standard deviations (n - 1)."""
+    return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + eps)
+
+
+def clipped_surrogate(logp, logp_old, advantage, eps):
+    """min(rho A, clip(rho) A) per token; all (n,)."""
+    ratio = (logp - logp_old).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+
+
+def k3(logp, logp_ref):
+    """Estimate of KL(p || p_ref) per token, in nats, never negative: exp(q) - q - 1 with q = log p_ref - log p."""
+    q = logp_ref - logp
+    return q.exp() - q - 1
+
+
+def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg):
+    """One optimizer step per minibatch of live groups. Returns the means of loss, KL, clipped share and gradient norm."""
+    args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
+    minibatches = list(chunks(live, cfg.minibatch))
+    old = {}                            # on the first minibatch the policy is still the sampler: its old log-probs are its own
+    with torch.no_grad():
+        for part in (part for mini in minibatches[1:] for part in chunks(mini, cfg.microbatch)):
+            old[tuple(part)], _ = response_logp(model, None, *args(part), cfg)
+    total = dict.fromkeys(("loss", "kl", "clipped", "grad_norm"), 0.0)
+    for mini in minibatches:
+        count = keep[mini].sum()        # tokens of the whole minibatch: how it is cut into microbatches changes nothing
+        for part in chunks(mini, cfg.microbatch):
+            logp, logp_ref = response_logp(model, reference, *args(part), cfg)                  # (n,) n kept tokens
+            logp_old = old.get(tuple(part), logp.detach())
+            A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)       # (n,)
+            kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
+            loss = (cfg.kl * kl - clipped_surrogate(logp, logp_old, A, cfg.clip)).sum() / count
+            loss.backward()
+            clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
+            for name, value in (("loss", loss), ("kl", kl.sum() / count), ("clipped", clipped.sum() / count)):
+                total[name] += value.item() / len(minibatches)
+        total["grad_norm"] += torch.nn.utils.clip_grad_norm_(trained, cfg.grad_norm).item() / len(minibatches)
+        optimizer.step()
+        optimizer.zero_grad()
+    return total
+
+
+def response_logp(model, reference, batch, tokens, keep, cfg):
+    """Log-probabilities of the kept response tokens under policy and reference, each (n,), in nats.
+
+    Both are of the distribution that `generate` samples from; the reference is cut to the policy's nucleus, so that their KL
+    is one between two distributions over the same tokens. The head works in chunks whose logits are made again in backward.
+    """
+    chosen = tokens[keep]                                                   # (n,)
+    hidden = model.continuations(batch, tokens, keep)                       # (n, D)
+    with torch.no_grad():
+        hidden_ref = hidden if reference is None else reference.continuations(batch, tokens, keep)
+
+    def head(hidden, hidden_ref, chosen):
+        p = model.distribution(hidden, cfg.temperature, cfg.top_p, include=chosen)              # (n, V)
+        logp = p.gather(1, chosen[:, None])[:, 0]
+        if reference is None:
+            return logp, logp.detach()
+        with torch.no_grad():
+            p_ref = reference.distribution(hidden_ref, cfg.temperature, support=p > -torch.inf)
+        return logp, p_ref.gather(1, chosen[:, None])[:, 0]
+
+    size = max(1, HEAD_CHUNK // model.cfg.text.vocab_size)
+    parts = list(zip(hidden.split(size), hidden_ref.split(size), chosen.split(size)))
+    if len(parts) == 1:
+        return head(*parts[0])
+    logp, logp_ref = zip(*(checkpoint(head, *part, use_reentrant=False) for part in parts))
+    return torch.cat(logp), torch.cat(logp_ref)
+
+
+HEAD_CHUNK = 2**25      # logits made at a time
+
+
+def frozen_copy(model):
+    """The same model, frozen; only what is trained is copied."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
+
+
+def draw_prompts(pool, roles, cfg, rng):
+    """Endless steps of Q prompts: (indices into the pool, twin of each as a place in that list or None).
+
+    A unit is one fact of one person, asked with the picture and in words alone where both exist: these are twins.
+    """
+    units = {"forget": {}, "retain": {}, "target": {}}
+    for i, (s, role) in enumerate(zip(pool.samples, roles)):
+        key = (s["person"], s["fact"]) if s.get("person") and s.get("fact") else i
+        units[role].setdefault(key, ([], []))[bool(s.get("image"))].append(i)
+    num_f = round(cfg.mix * cfg.prompts)
+    quota = {"forget": num_f, "retain": num_f, "target": cfg.prompts - 2 * num_f}
+    streams = {role: shuffled_forever(list(found.values()), rng) for role, found in units.items() if found}
+    while True:
+        rows, twins = [], []
+        for role, number in quota.items():
+            stop = len(rows) + number
+            while role in streams and len(rows) < stop:
+                pair = [rng.choice(way) for way in next(streams[role]) if way][:stop - len(rows)]
+                twins += [len(rows) + 1, len(rows)] if len(pair) == 2 else [None]
+                rows += pair
+        yield rows, twins
+
+
+def shuffled_forever(items, rng):
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def step_report(texts, rewards, roles, terms, keep):
+    """What a person watches during stage 2, from one step's rollouts."""
+    refused = {role: [is_refusal(t) for group, r in zip(texts, roles) if r == role for t in group] for role in set(roles)}
+    return {"reward": rewards.mean().item(), **{f"reward_{name}": value for name, value in terms.items()},
+            **{f"refuse_{role}": sum(found) / len(found) for role, found in sorted(refused.items())},
+            "response_tokens": keep.sum().item() / keep[..., 0].numel()}
+
+
+# ------------------------------------------------------------------------------ around the method
+
+
+def chunks(items, size):
+    """Consecutive pieces of at most `size`, as lists."""
+    items = list(items)
+    return (items[i:i + size] for i in range(0, len(items), size))
+
+
+def mask_of(prompts, pictured):
+    """(n,) bool: asked with a picture, or in words alone."""
+    return torch.tensor([bool(s.get("image")) == pictured for s in prompts.samples])
+
+
+def encode_all(model, proc, data):
+    """{name: samples} -> {name: Prompts} that share one table of pictures."""
+    pictures = {}
+    return {name: encode(model, proc, samples, pictures) for name, samples in data.items()}
+
+
+def evaluate_sets(model, proc, sets, prompts, cfg, stage):
+    """{set: samples} -> {set: (metrics, responses)}, with a progress bar over all answers."""
+    results, pictures = {}, prompts["forget"].pictures
+    bar = tqdm(total=sum(map(len, sets.values())), desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True)
+    for name, samples in sets.items():
+        bar.set_postfix_str(name)
+        asked = encode(model, proc, samples, pictures)
+        responses = respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch, bar)
+        results[name] = evaluate(model, proc, samples, asked, responses, batch_size=cfg.eval_batch), responses
+    bar.close()
+    return results
+
+
+def load_data(cfg):
+    """The four sample files; retain, target and test are found beside forget unless named."""
+    if cfg.forget is None:
+        raise ValueError("--forget is needed: a JSON file of the samples to forget, such as data/forget.json")
+    data = {"forget": load_samples(cfg.forget)}
+    for name in ("retain", "target", "test"):
+        path = getattr(cfg, name) or cfg.forget.parent / f"{name}.json"
+        data[name] = load_samples(path)
+    return data
+
+
+def write_results(model, proc, data, results, cfg, seconds):
+    """out/: model/, metrics.json, samples.jsonl. Each file is whole or absent. Returns what metrics.json holds."""
+    config = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items()}
+    metrics = {"config": config, **{stage: {name: m for name, (m, _) in sets.items()} for stage, sets in results.items()},
+               "baselines": {}, "seconds": seconds}
+    lines = []
+    sets = split_sets(data)
+    for name, samples in sets.items():
+        for i, s in enumerate(samples):
+            said = {stage: results[stage][name][1][i] for stage in results}
+            lines.append(json.dumps({"set": name, **{k: s.get(k) for k in ("id", "image", "question", "answer", "fact")}, **said},
+                                    ensure_ascii=False))
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(cfg.out / "model")
+    proc.save_pretrained(cfg.out / "model")
+    write_aside(cfg.out / "samples.jsonl", "\n".join(lines).encode() + b"\n")
+    write_aside(cfg.out / "metrics.json", json.dumps(metrics, indent=1).encode())
+    return metrics
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def parse_config(argv):
+    """Command line -> Config. A flag beats the model's asru.json, which beats the default."""
+    parser = argparse.ArgumentParser(prog="asru.py", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        default = "" if f.default in (None, False) else f" [{f.default}]"
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=f.metadata["help"])
+        else:
+            parser.add_argument(flag, type=f.type, metavar=f.type.__name__, help=f.metadata["help"] + default)
+    given = vars(parser.parse_args(argv))
+    suited = Path(given.get("model", Config.model)) / "asru.json"
+    values = read_json(suited) if suited.exists() else {}
+    for name, value in values.items():
+        kind = {f.name: f.type for f in fields(Config)}.get(name)
+        if kind not in (int, float, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{suited}: {name!r}: {value!r} is no setting of asru.py")
+    cfg = Config(**{**values, **given})
+    check_config(cfg)
+    return cfg
+
+
+def check_config(cfg):
+    """Every number lies in the range that its field states."""
+    for f in fields(Config):
+        value, low, above, most = getattr(cfg, f.name), *(f.metadata.get(k) for k in ("least", "above", "most"))
+        if value is None:
+            continue
+        bad = (low is not None and not value >= low) or (above is not None and not value > above) \
+            or (most is not None and not value <= most)
+        if bad:
+            limits = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None) \
+                + [f"at most {most}"] * (most is not None)
+            raise ValueError(f"--{f.name.replace('_', '-')} is {value}; it must be {' and '.join(limits)}")
+
+
+def run(argv):
+    """Load, unlearn, write. Nothing is written before the model and all data were read."""
+    started = time.perf_counter()
+    cfg = parse_config(argv)
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    data = load_data(cfg)
+    proc = Processor.from_pretrained(cfg.model)
+    model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device)
+    print("settings: " + "  ".join(f"{k} {v}" for k, v in asdict(cfg).items() if v not in (None, False)))
+    lines = []
+    results = asru(model, proc, data, cfg, lines.append)
+    seconds = time.perf_counter() - started
+    metrics = write_results(model, proc, data, results, cfg, seconds)
+    write_aside(cfg.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    print_table(metrics)
+    print_answers(split_sets(data), results)
+    print(f"{seconds:.0f} s; everything is in {cfg.out}/")
+    return metrics
+
+
+def main(argv=None):
+    """The command. Returns the dict that goes to metrics.json; wrong input ends in one line on stderr and exit status 2."""
+    try:
+        return run(argv)
+    except (ValueError, OSError) as error:
+        print(f"asru.py: {first_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("asru.py: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
