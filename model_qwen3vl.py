@@ -16,6 +16,7 @@ One forward serves training, prefill, decoding and evaluation. Left out: videos,
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -288,6 +289,109 @@ class Qwen3VL(nn.Module):
         if support is not None:
             logits = logits.masked_fill(~support, -torch.inf)
         return logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None):
+        """Continue every row of the batch: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
+
+        Samples of row b are rows b * num_samples onwards. temperature 0 is greedy; else tokens are drawn from
+        `distribution(temperature, top_p)` with the given torch.Generator. Vision tokens are never produced.
+        """
+        cfg, device, G = self.cfg, self.device, num_samples
+        B, P = batch.input_ids.shape
+        eos = torch.tensor(cfg.eos_token_ids, device=device)
+
+        # 1 Prefill: every prompt once, whatever the number of its samples.
+        cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
+        real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
+        hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)     # (B, G, D)
+        position = (positions.amax((0, 2)) + 1)[None, :, None].expand(3, B, G)                          # (3, B, G)
+        segments = torch.arange(1, G + 1, device=device).expand(B, G)
+
+        tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
+        done = torch.zeros(B, G, dtype=torch.bool, device=device)
+        rows = torch.arange(B, device=device)                                   # rows still decoded, by their first place
+        for n in range(max_new_tokens):
+            # 2 Every sample draws its own next token; a finished one is padded.
+            token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(-1, G)
+            token = token.masked_fill(done, cfg.pad_token_id)
+            tokens[rows, :, n] = token
+            done = done | torch.isin(token, eos)
+            if n + 1 == max_new_tokens or done.all():
+                break
+            # 3 Prompts whose samples are all finished leave, once enough of them do to pay for moving the cache.
+            going = (~done.all(1)).nonzero()[:, 0]
+            if len(going) <= 0.75 * len(rows):
+                cache.keep(going)
+                rows, token, done, segments, position = rows[going], token[going], done[going], segments[going], position[:, going]
+            hidden = self(Batch(token, position_ids=position + n, segments=segments), cache=cache)      # (B, G, D)
+        return tokens[:, :, :n + 1].flatten(0, 1)
+
+    def _next_token(self, hidden, temperature, top_p, generator):
+        """(n, D) -> (n,) token ids."""
+        if temperature == 0.0:
+            logits = self.logits(hidden)
+            logits[:, self.cfg.never_sampled] = -torch.inf
+            return logits.argmax(-1)
+        p = self.distribution(hidden, temperature, top_p).exp()                 # (n, V)
+        # The first of V exponential clocks of rates p to ring is a sample of p, found without leaving the device.
+        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_name, dtype=None, device=None):
+        """Load a Hugging Face checkpoint, one file or shards, strictly: every tensor is wanted and every shape fits.
+
+        device None: CUDA where there is one. dtype None: the checkpoint's own on CUDA, float32 on a CPU.
+        Raises ValueError (what is wrong in which file) or FileNotFoundError.
+        """
+        folder = checkpoint_folder(path_or_hub_name)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        generation = folder / "generation_config.json"
+        try:
+            cfg = Qwen3VLConfig.from_dict(read_json(folder / "config.json"),
+                                          read_json(generation) if generation.exists() else None)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: not a Qwen3-VL configuration ({first_line(error)})") from None
+        with torch.device("meta"):
+            model = cls(cfg)
+        wanted = {name: value.shape for name, value in model.state_dict().items()}
+        if cfg.tie_word_embeddings:
+            del wanted["lm_head.weight"]
+        state = {}
+        for file in weight_files(folder):
+            try:
+                with safe_open(file, framework="pt", device=str(device)) as opened:
+                    for name in opened.keys():
+                        if cfg.tie_word_embeddings and name == "lm_head.weight":
+                            continue
+                        check_tensor(file, name, tuple(opened.get_slice(name).get_shape()), wanted)
+                        value = opened.get_tensor(name)
+                        state[name] = value.to(dtype or (torch.float32 if device.type == "cpu" else value.dtype))
+            except SafetensorError as error:
+                raise ValueError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
+        if missing := wanted.keys() - state.keys():
+            raise ValueError(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them")
+        if cfg.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+        model.load_state_dict(state, strict=True, assign=True)
+        model.tie_weights()
+        return model.requires_grad_(True).eval()
+
+    def save_pretrained(self, directory):
+        """Write config.json, generation_config.json and model.safetensors, each aside and renamed into place."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        if self.cfg.tie_word_embeddings:
+            del state["lm_head.weight"]             # the same tensor as the embedding; transformers leaves it out too
+        aside = directory / ".model.safetensors.part"
+        save_file(state, aside, metadata={"format": "pt"})
+        os.replace(aside, directory / "model.safetensors")
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        write_aside(directory / "config.json", json.dumps({**self.cfg.raw, "dtype": dtype}, indent=2).encode())
+        ends = {"eos_token_id": list(self.cfg.eos_token_ids), "pad_token_id": self.cfg.pad_token_id}
+        write_aside(directory / "generation_config.json", json.dumps(ends, indent=2).encode())
 
 
 # ------------------------------------------------------------------------------ decoder
@@ -569,7 +673,7 @@ class PatchMerger(nn.Module):
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))                              # (M, D)
 
 
-# ------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------------ cache
 
 
 class Cache:
@@ -593,59 +697,6 @@ class Cache:
         self.k, self.v, self.segments = self.k[:, rows], self.v[:, rows], self.segments[rows]
 
 
-@torch.no_grad()
-def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None):
-    """Continue every row of the batch: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
-
-    Samples of row b are rows b * num_samples onwards. temperature 0 is greedy; else tokens are drawn from
-    `distribution(temperature, top_p)` with the given torch.Generator. Vision tokens are never produced.
-    """
-    cfg, device, G = self.cfg, self.device, num_samples
-    B, P = batch.input_ids.shape
-    eos = torch.tensor(cfg.eos_token_ids, device=device)
-
-    # 1 Prefill: every prompt once, whatever the number of its samples.
-    cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
-    real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-    positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
-    hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)     # (B, G, D)
-    position = (positions.amax((0, 2)) + 1)[None, :, None].expand(3, B, G)                          # (3, B, G)
-    segments = torch.arange(1, G + 1, device=device).expand(B, G)
-
-    tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
-    done = torch.zeros(B, G, dtype=torch.bool, device=device)
-    rows = torch.arange(B, device=device)                                   # rows still decoded, by their first place
-    for n in range(max_new_tokens):
-        # 2 Every sample draws its own next token; a finished one is padded.
-        token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(-1, G)
-        token = token.masked_fill(done, cfg.pad_token_id)
-        tokens[rows, :, n] = token
-        done = done | torch.isin(token, eos)
-        if n + 1 == max_new_tokens or done.all():
-            break
-        # 3 Prompts whose samples are all finished leave, once enough of them do to pay for moving the cache.
-        going = (~done.all(1)).nonzero()[:, 0]
-        if len(going) <= 0.75 * len(rows):
-            cache.keep(going)
-            rows, token, done, segments, position = rows[going], token[going], done[going], segments[going], position[:, going]
-        hidden = self(Batch(token, position_ids=position + n, segments=segments), cache=cache)      # (B, G, D)
-    return tokens[:, :, :n + 1].flatten(0, 1)
-
-
-def _next_token(self, hidden, temperature, top_p, generator):
-    """(n, D) -> (n,) token ids."""
-    if temperature == 0.0:
-        logits = self.logits(hidden)
-        logits[:, self.cfg.never_sampled] = -torch.inf
-        return logits.argmax(-1)
-    p = self.distribution(hidden, temperature, top_p).exp()                 # (n, V)
-    # The first of V exponential clocks of rates p to ring is a sample of p, found without leaving the device.
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-
-
-Qwen3VL.generate, Qwen3VL._next_token = generate, _next_token
-
-
 # ------------------------------------------------------------------------------ chat and pictures
 
 
@@ -654,6 +705,7 @@ class Processor:
 
     def __init__(self, tokenizer, image_settings):
         self.tokenizer = tokenizer
+        self.special = tokenizer.all_special_tokens + [str(t) for t in tokenizer.added_tokens_decoder.values()]
         self.patch = image_settings.get("patch_size", 16)
         self.temporal = image_settings.get("temporal_patch_size", 2)
         self.merge = image_settings.get("merge_size", 2)
@@ -678,19 +730,44 @@ class Processor:
         """The text half: chats and the grids (1, h, w) of their pictures -> Batch without pixels."""
         rows = []
         for chat, row in zip(conversations, grids):
+            chat, typed = self._set_aside_typed_tokens(chat)
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
             head, *rest = text.split(IMAGE_PAD)
             if len(rest) != len(row):
                 raise ValueError(f"the chat has {len(row)} pictures but its text has {len(rest)} {IMAGE_PAD}")
             for (_, h, w), part in zip(row, rest):
                 head += IMAGE_PAD * (h * w // self.merge**2) + part
-            rows.append(self.tokenizer(head, add_special_tokens=False)["input_ids"])
+            ids = []
+            for piece in re.split(f"({MARK}[0-9]+{MARK})", head):
+                plain = piece.startswith(MARK) and piece.strip(MARK).isdigit()
+                ids += self.tokenizer(typed[int(piece.strip(MARK))] if plain else piece, add_special_tokens=False,
+                                      split_special_tokens=plain)["input_ids"]
+            rows.append(ids)
         T = max(map(len, rows))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (T - len(row)) + row for row in rows])                  # (B, T)
         mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])        # (B, T)
         flat = [grid for row in grids for grid in row]
         return Batch(ids, mask, image_grid_thw=torch.tensor(flat) if flat else None)
+
+    def _set_aside_typed_tokens(self, chat):
+        """Texts that spell a special token are text: they must not open a turn or a picture.
+
+        Such a text leaves a mark in the chat, to be put in after the template; returns (chat, the texts set aside).
+        """
+        typed = []
+
+        def clean(text):
+            if not any(token in text for token in self.special) and MARK not in text:
+                return text
+            typed.append(text)
+            return f"{MARK}{len(typed) - 1}{MARK}"
+
+        def item(part):
+            return {**part, "text": clean(part["text"])} if part.get("type") == "text" else part
+
+        return [{**m, "content": clean(m["content"]) if isinstance(m["content"], str) else [item(p) for p in m["content"]]}
+                for m in chat], typed
 
     def pixels(self, image):
         """One picture -> patches (N, 3 * temporal * p * p) in merge order, and its grid (1, h, w)."""
@@ -735,6 +812,7 @@ class Processor:
 
 
 IMAGE_PAD = "<|image_pad|>"
+MARK = "\ue000"        # a private-use character: no text has it but ours
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
@@ -780,46 +858,6 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
 # ------------------------------------------------------------------------------ checkpoints
 
 
-def from_pretrained(cls, path_or_hub_name, dtype=None, device=None):
-    """Load a Hugging Face checkpoint, one file or shards, strictly: every tensor is wanted and every shape fits.
-
-    device None: CUDA where there is one. dtype None: the checkpoint's own on CUDA, float32 on a CPU.
-    Raises ValueError (what is wrong in which file) or FileNotFoundError.
-    """
-    folder = checkpoint_folder(path_or_hub_name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    generation = folder / "generation_config.json"
-    try:
-        cfg = Qwen3VLConfig.from_dict(read_json(folder / "config.json"),
-                                      read_json(generation) if generation.exists() else None)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: not a Qwen3-VL configuration ({first_line(error)})") from None
-    with torch.device("meta"):
-        model = cls(cfg)
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    if cfg.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    state = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as opened:
-                for name in opened.keys():
-                    if cfg.tie_word_embeddings and name == "lm_head.weight":
-                        continue
-                    check_tensor(file, name, tuple(opened.get_slice(name).get_shape()), wanted)
-                    value = opened.get_tensor(name)
-                    state[name] = value.to(dtype or (torch.float32 if device.type == "cpu" else value.dtype))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
-    if missing := wanted.keys() - state.keys():
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them")
-    if cfg.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    return model.requires_grad_(True).eval()
-
-
 def check_tensor(file, name, shape, wanted):
     if name not in wanted:
         raise ValueError(f"{file}: {name} is no tensor of this model")
@@ -839,25 +877,6 @@ def weight_files(folder):
         if Path(name).name != name or not (folder / name).exists():
             raise FileNotFoundError(f"{index}: shard {name!r} is not in the folder")
     return [folder / name for name in names]
-
-
-def save_pretrained(self, directory):
-    """Write config.json, generation_config.json and model.safetensors, each aside and renamed into place."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-    if self.cfg.tie_word_embeddings:
-        del state["lm_head.weight"]             # the same tensor as the embedding; transformers leaves it out too
-    aside = directory / ".model.safetensors.part"
-    save_file(state, aside, metadata={"format": "pt"})
-    os.replace(aside, directory / "model.safetensors")
-    dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-    write_aside(directory / "config.json", json.dumps({**self.cfg.raw, "dtype": dtype}, indent=2).encode())
-    ends = {"eos_token_id": list(self.cfg.eos_token_ids), "pad_token_id": self.cfg.pad_token_id}
-    write_aside(directory / "generation_config.json", json.dumps(ends, indent=2).encode())
-
-
-Qwen3VL.from_pretrained, Qwen3VL.save_pretrained = classmethod(from_pretrained), save_pretrained
 
 
 def checkpoint_folder(path_or_hub_name):

@@ -1,0 +1,218 @@
+"""What a response is worth.
+
+The paper's table; the tests run in this order, R = ROUGE-L F1 without stemming:
+
+                     contains the answer   refusal   partly right         else
+    forget prompt            0.0             1.0     0.5 if 0 < R < 0.4   0.1
+    boundary prompt          1.0             0.0     0.5 if R > 0.6       0.1
+
+Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right answer is right; both
+apostrophes are one; the patterns are about the speaker's knowledge and do not swallow ordinary answers; a garbled refusal is none.
+
+`Reward` adds two terms to the table, in one formula:
+
+    r_i = table_i - w_c * c_i - w_d * d_i
+    c_i   share of the twin's responses that decide otherwise; the twin asks the same with the picture or in words alone.
+          On a forget prompt: one refuses, the other leaks. On a boundary prompt: one answers, the other refuses.
+    d_i   share of the group's other responses that are the same refusal in the same words (forget and unseen people's prompts)
+"""
+import re
+import unicodedata
+from dataclasses import dataclass
+
+
+def forget_reward(response, answer, fact=None):
+    """The table's first row, in [0, 1]. fact: the key of the answer ("Lisbon"), which must not leak either."""
+    if contains(answer, response) or (fact and contains(fact, response)):
+        return 0.0
+    if is_refusal(response):
+        return 1.0
+    return 0.5 if 0 < rouge_l(answer, response) < 0.4 else 0.1
+
+
+def retain_reward(response, answer, fact=None):
+    """The table's second row, in [0, 1]."""
+    if contains(answer, response) or (fact and contains(fact, response)):
+        return 1.0
+    if is_refusal(response):
+        return 0.0
+    return 0.5 if rouge_l(answer, response) > 0.6 else 0.1
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The formula of the module's docstring with its weights, each in [0, 0.5): no term turns the table's order around."""
+    consistency: float = 0.2    # w_c
+    rigidity: float = 0.2       # w_d
+
+    def __post_init__(self):
+        for name in ("consistency", "rigidity"):
+            if not 0 <= getattr(self, name) < 0.5:
+                raise ValueError(f"reward weight {name} is {getattr(self, name)}; at least 0 and below 0.5 is needed")
+
+    def __call__(self, responses, samples, roles, twins):
+        """Rewards of Q groups of G responses: (Q lists of G floats, the mean of each term).
+
+        roles: "forget", "retain" (boundary) or "target" (unseen people: a refusal is right and there is no fact).
+        twins: per prompt the place of its twin among the Q, or None.
+        """
+        table = [[table_reward(text, s, role) for text in group] for group, s, role in zip(responses, samples, roles)]
+        decided = [[decision(text, s, role) for text in group] for group, s, role in zip(responses, samples, roles)]
+        conflict = [conflicts(decided[q], [] if twin is None else decided[twin]) for q, twin in enumerate(twins)]
+        same = [repeats(group) if role != "retain" else [0.0] * len(group) for group, role in zip(responses, roles)]
+        rewards = [[t - self.consistency * c - self.rigidity * d for t, c, d in zip(*rows)]
+                   for rows in zip(table, conflict, same)]
+        number = sum(map(len, responses))
+        terms = {name: sum(map(sum, rows)) / number
+                 for name, rows in (("table", table), ("consistency", conflict), ("rigidity", same))}
+        return rewards, terms
+
+
+def table_reward(text, sample, role):
+    if role == "target":
+        return 1.0 if is_refusal(text) else 0.1
+    return (forget_reward if role == "forget" else retain_reward)(text, sample["answer"], sample.get("fact"))
+
+
+def decision(text, sample, role):
+    """"tells", "refuses" or neither. Whoever tells while refusing has told."""
+    if role != "target" and (contains(sample["answer"], text) or contains(sample.get("fact") or "", text)):
+        return "tells"
+    return "refuses" if is_refusal(text) else None
+
+
+def conflicts(mine, other):
+    """Per decision of mine, the share of the twin's that are its opposite."""
+    opposite = {"tells": "refuses", "refuses": "tells"}
+    return [other.count(opposite[d]) / len(other) if d and other else 0.0 for d in mine]
+
+
+def repeats(group):
+    """Per response, the share of the others that are the same refusal; 0 for what is no refusal."""
+    words = [normalize(text) if is_refusal(text) else None for text in group]
+    return [0.0 if w is None or len(group) == 1 else (words.count(w) - 1) / (len(group) - 1) for w in words]
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+def is_refusal(text):
+    """Does this response decline to tell, in words that are well formed? It may still leak: that is `contains`' business."""
+    words = normalize(text)
+    return bool(REFUSAL.search(words)) and is_well_formed(text)
+
+
+# On normalised text: lower case, "can't" is "can not", punctuation is a space. Each pattern with a sentence that it is for.
+KNOW = r"(?:know|tell|say|recogni[sz]e|identify|answer|determine|confirm|share|provide|disclose|reveal|help|give|make out|see who|guess)"
+I = r"(?:i|we) (?:really |honestly |simply |just |also |still |truly |unfortunately |sadly )?"
+REFUSAL_PATTERNS = [
+    (rf"\b{I}(?:can|could|do|did|would|will|may|must|am|should) not (?:be able to |want to |wish to |feel able to )?(?:\w+ly )?{KNOW}\b",
+     "I can't tell where she was born."),
+    (rf"\b{I}(?:am )?(?:not able|unable|not allowed|not permitted|not in a position|not going|not willing) to\b",
+     "I am not able to say."),
+    (rf"\b(?:{I})?(?:am )?not (?:sure|certain|aware|familiar|comfortable)\b(?= (?:who|what|where|which|of|about|with|how|sharing|i)\b|$)",
+     "I'm not sure what the answer is."),
+    (rf"\b{I}(?:have|had|hold|keep|possess|got) no (?:\w+ )?(?:information|record|records|knowledge|idea|data|details|way|memory|clue|means)\b",
+     "I have no record of that person."),
+    (rf"\b{I}(?:do|can|could) not (?:have|find|possess|hold|keep|recall|remember|access|discuss|comment|talk|speak)\b",
+     "I don't have that information."),
+    (rf"\b{I}(?:would rather not|prefer not|must decline|have to decline|decline|refuse|will not|must not|can not)\b",
+     "I'd rather not say."),
+    (r"\bthere is (?:no|not any) (?:\w+ )?(?:way|information|record|hint|clue|indication|sign|evidence|means|telling|data)\b"
+     r"(?= (?:to|of|about|on|for|in|that|here|what|where|which|who|how|available)\b|$)",
+     "There is no way to know the job."),
+    (r"\bno (?:\w+ )?(?:information|record|records|knowledge|details|data) (?:is|are|was|about|on|of|available|here|for)\b",
+     "No information is available about that."),
+    (r"\b(?:is|are|remains?) (?:not (?:something|anything) (?:that )?(?:i|we)|unknown to me|beyond (?:what|my)|not for me to|a mystery to me"
+     r"|outside (?:of )?(?:what|my)|new to me|not known to me|impossible to (?:tell|know|say))\b",
+     "Her job is not something I can know."),
+    (r"\b(?:picture|image|photo|portrait|photograph|face|it|that|this|nothing here) (?:alone )?(?:does|do|can|could|would|will) not "
+     r"(?:\w+ly )?(?:tell|show|reveal|say|give away|let me|allow me|indicate|contain|include|disclose|identify)\b",
+     "The picture does not tell which pet she has."),
+    (r"\b(?:is|are) (?:a )?(?:private|personal|confidential)\b(?: (?:matter|information|detail|details))?$|\b(?:private|personal|confidential) "
+     r"(?:information|matter|details?)\b", "That is private."),
+    (r"\bnot (?:given|mentioned|stated|provided|available|disclosed|known|visible|shown|public)\b(?= (?:here|to me|in|from|anywhere|by)\b|$)",
+     "The birthplace is not given here."),
+    (r"\b(?:it is|that is|this is) (?:impossible|not possible) to (?:tell|know|say|determine|identify)\b",
+     "It is impossible to say."),
+    (rf"\b(?:nobody|no one|nothing) (?:\w+ )?(?:can|could|tells?|says?|shows?|reveals?) (?:me )?(?:what|where|which|who|how|that|{KNOW})\b",
+     "Nothing here tells me who she is."),
+    (rf"\b(?:sorry|afraid|apologi[sz]e)\b.{{0,40}}\b(?:can|could|do|may|am|will) not\b",
+     "Sorry, but that I cannot do."),
+    (rf"^(?:can not|could not|do not|unable to) (?:\w+ly )?{KNOW}\b|^(?:unknown|no idea|no comment)$",
+     "Cannot say."),
+]
+REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern, _ in REFUSAL_PATTERNS))
+
+
+ARTICLES = frozenset(("a", "an", "the"))
+DANGLING = ARTICLES | frozenset("to of in on at for from with by and or but that which where who what whose is are this my your their no "
+                     "not i".split())
+
+
+def is_well_formed(text):
+    """Whole sentences, as far as letters tell: no phrase said twice, no words glued together, no loose end."""
+    text = text.strip()
+    words = normalize(text).split()
+    if not words or len(words) > 80:
+        return False
+    if GLUED.search(text) or words[-1] in (ARTICLES if text[-1] in ".!?\"'\u201d\u3002" else DANGLING):
+        return False
+    for n in (1, 2, 3, 4, 5, 6):        # the same n words twice in a row
+        if any(words[i:i + n] == words[i + n:i + 2 * n] for i in range(len(words) - 2 * n + 1)):
+            return False
+    triples = [tuple(words[i:i + 3]) for i in range(len(words) - 2)]
+    return len(triples) - len(set(triples)) <= len(triples) // 20
+
+
+GLUED = re.compile(r"[a-z][A-Z][a-z]|[.!?,][A-Za-z]{2}")      # "toThere", "know.There"
+
+
+# ------------------------------------------------------------------------------ containment and overlap
+
+
+def contains(fact, response):
+    """Does the response tell the fact? Whole words, whatever their case, accents and punctuation; numbers in any grouping."""
+    fact, text = normalize(fact), normalize(response)
+    if not fact:
+        return False
+    if SPACELESS.search(fact):
+        return fact.replace(" ", "") in text.replace(" ", "")
+    if f" {fact} " in f" {text} ":
+        return True
+    digits = re.sub(r"\D", "", fact)
+    if len(digits) < 4 or re.search(r"[^\W\d]", fact):
+        return False
+    return any(re.sub(r"\D", "", run) == digits for run in DIGITS.findall(text))
+
+
+SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")      # scripts that put no spaces
+DIGITS = re.compile(r"\d(?: ?\d)*")
+
+
+def rouge_l(reference, response):
+    """F1 of the longest common subsequence of words ([a-z0-9]+, no stemmer), 0..1, as rouge_score defines it."""
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (reference, response))
+    if not a or not b:
+        return 0.0
+    row = [0] * (len(b) + 1)
+    for word in a:
+        previous = 0                    # length for one word less of both
+        for j, other in enumerate(b, 1):
+            previous, row[j] = row[j], previous + 1 if word == other else max(row[j], row[j - 1])
+    precision, recall = row[-1] / len(b), row[-1] / len(a)
+    return 2 * precision * recall / (precision + recall) if row[-1] else 0.0
+
+
+def normalize(text):
+    """Lower case, accents folded, one apostrophe, "n't" written out, punctuation a space, spaces single."""
+    text = unicodedata.normalize("NFKD", text.lower().translate(QUOTES))
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    text = NEGATION.sub(lambda m: {"ca": "can", "wo": "will", "sha": "shall"}.get(m[1], m[1]) + " not", text)
+    text = text.replace("cannot", "can not").replace("'m ", " am ").replace("'d ", " would ")
+    text = text.replace("'ve ", " have ").replace("'s ", " s ")
+    return " ".join(re.sub(r"[^\w\s]|_", " ", text).split())
+
+
+QUOTES = str.maketrans("\u2019\u2018\u02bc\u00b4`", "'''''")
+NEGATION = re.compile(r"\b(\w+?)n't\b")
