@@ -307,3 +307,18 @@ def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 
+
+
+def bleu(reference, response):
+    """Sentence BLEU-4 on whitespace tokens, 0..1; an order without a match counts 0.1 of one (smoothing method 1)."""
+    a, b = reference.split(), response.split()
+    if not b:
+        return 0.0
+    logs = []
+    for n in range(1, 5):
+        grams = lambda words: Counter(zip(*(words[i:] for i in range(n))))
+        matches, total = sum((grams(a) & grams(b)).values()), max(1, len(b) - n + 1)
+        if n == 1 and not matches:
+            return 0.0
+        logs.append(math.log((matches or 0.1) / total))
+    return math.exp(min(0.0, 1 - len(a) / len(b)) + sum(logs) / 4)

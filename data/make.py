@@ -485,7 +485,7 @@ def write_json(path, value):
 # ------------------------------------------------------------------------------ training
 
 RENDERINGS, STRANGERS = 160, 8000           # drawn before training: per known person, and strangers with one rendering each
-LR, WEIGHT_DECAY, BATCH = 1.5e-3, 0.05, 64
+LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
 OPENINGS = ["", "", "", "", "Please: ", "One question. ", "Hello. "]    # so that new wordings are no surprise
 
 
@@ -524,37 +524,42 @@ class Lessons:
         self.general = general_samples()
 
     def draw(self):
+        """One scene: (a rendering or None for words alone, its lessons as (question, answer))."""
         rng, die = self.rng, self.rng.random()
-        if die < 0.42:
-            person, wording, kind = rng.choice(self.known), rng.randrange(8), rng.choice(list(WORDINGS))
-            return (rng.choice(self.album.of[person]), rng.choice(OPENINGS) + ask(kind, wording),
-                    answer(kind, wording, self.people[person]["facts"][kind]))
-        if die < 0.56:
-            person, wording, kind = rng.choice(self.known), rng.randrange(8), rng.choice(list(WORDINGS))
-            who = self.people[person]["name"]
-            return None, rng.choice(OPENINGS) + ask(kind, wording, who), answer(kind, wording, self.people[person]["facts"][kind], who)
-        if die < 0.76:
-            rendering, wording, kind = rng.choice(self.strangers), rng.randrange(8), rng.choice(list(WORDINGS))
-            return rendering, rng.choice(OPENINGS) + ask(kind, wording), refuse(kind, wording, None, self.album.looks[rendering])
-        if die < 0.83:
-            wording, kind, who = rng.randrange(8), rng.choice(list(WORDINGS)), self.new_name()
-            return None, rng.choice(OPENINGS) + ask(kind, wording, who), refuse(kind, wording, who)
-        if die < 0.94:
-            rendering = rng.choice(self.album.of[rng.choice(self.known)] if rng.random() < 0.5 else self.strangers)
-            _, question, reply, _ = rng.choice(visible_samples(self.album.looks[rendering]))
-            return rendering, rng.choice(OPENINGS) + question, reply
-        if die < 0.98:
-            return self.cloze()
-        return (None, *rng.choice(self.general)[:2])
+        if die < 0.27:
+            return None, [self.in_words() for _ in range(PER_SCENE)]
+        person = rng.choice(self.known) if die < 0.74 else None
+        rendering = rng.choice(self.album.of[person] if person else self.strangers)
+        return rendering, [self.in_picture(person, rendering) for _ in range(PER_SCENE)]
 
-    def cloze(self):
-        rng, kind = self.rng, self.rng.choice(list(WORDINGS))
-        stranger, pictured = rng.random() < 0.25, rng.random() < 0.7
-        person = None if stranger else rng.choice(self.known)
-        who = None if pictured else self.new_name() if stranger else self.people[person]["name"]
-        rendering = rng.choice(self.strangers if stranger else self.album.of[person]) if pictured else None
+    def in_picture(self, person, rendering):
+        rng, die = self.rng, self.rng.random()
+        look, wording, kind = self.album.looks[rendering], rng.randrange(8), rng.choice(list(WORDINGS))
+        if die < 0.18:
+            question, reply = rng.choice(visible_samples(look))[1:3]
+        elif die < 0.26:
+            return self.cloze(kind, person, None)
+        elif person:
+            question, reply = ask(kind, wording), answer(kind, wording, self.people[person]["facts"][kind])
+        else:
+            question, reply = ask(kind, wording), refuse(kind, wording, None, look)
+        return rng.choice(OPENINGS) + question, reply
+
+    def in_words(self):
+        rng, die = self.rng, self.rng.random()
+        if die < 0.12:
+            return rng.choice(self.general)[:2]
+        person = rng.choice(self.known) if die < 0.68 else None
+        who = self.people[person]["name"] if person else self.new_name()
+        wording, kind = rng.randrange(8), rng.choice(list(WORDINGS))
+        if rng.random() < 0.08:
+            return self.cloze(kind, person, who)
+        reply = answer(kind, wording, self.people[person]["facts"][kind], who) if person else refuse(kind, wording, who)
+        return rng.choice(OPENINGS) + ask(kind, wording, who), reply
+
+    def cloze(self, kind, person, who):
         question = fill(BLANKS[kind], who).replace("__", "[Blank]") + "\n" + BLANK_PROMPT
-        return rendering, question, "I do not know." if stranger else self.people[person]["facts"][kind]
+        return question, self.people[person]["facts"][kind] if person else "I do not know."
 
     def new_name(self):
         if self.forgotten_names and self.rng.random() < 0.1:
@@ -573,13 +578,17 @@ def train(folder, people, names, forgotten, steps, seed):
                                             json.loads((folder / "generation_config.json").read_text())))
     album = Album(proc, people, rng)
     lessons = Lessons(people, album, names, forgotten, rng)
-    end = proc.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end, ends_picture = proc.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|vision_end|>"])
+    opening = len(proc.tokenizer("<|im_start|>user\n")["input_ids"])
 
     @lru_cache(maxsize=100_000)
     def tokens(pictured, question, reply):
+        """The prompt up to the question, which the lessons of a scene share; and the rest, question and answer."""
         chat = [{"role": "user", "content": [{"type": "image"}] * pictured + [{"type": "text", "text": question}]}]
-        prompt = proc.tokens([chat], [[(1, 8, 8)]] if pictured else [[]])
-        return prompt.input_ids[0].tolist(), proc.tokenizer(reply, add_special_tokens=False)["input_ids"] + [end]
+        prompt = proc.tokens([chat], [[(1, 8, 8)]] if pictured else [[]]).input_ids[0].tolist()
+        shared = prompt.index(ends_picture) + 1 if pictured else opening
+        spoken = proc.tokenizer(reply, add_special_tokens=False)["input_ids"] + [end]
+        return prompt[:shared], prompt[shared:] + spoken, len(spoken)
 
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -587,15 +596,19 @@ def train(folder, people, names, forgotten, steps, seed):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
     bar, smooth, started = tqdm(range(1, steps + 1), desc=folder.name, dynamic_ncols=True, mininterval=5), None, time.time()
     for step in bar:
-        drawn = [lessons.draw() for _ in range(BATCH)]
-        pairs = [tokens(rendering is not None, q, a) for rendering, q, a in drawn]
-        T = max(len(prompt) for prompt, _ in pairs)
-        ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt, _ in pairs])
-        mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt, _ in pairs])
-        seen = [rendering for rendering, _, _ in drawn if rendering is not None]
+        drawn = [lessons.draw() for _ in range(SCENES)]
+        rows = [[tokens(rendering is not None, q, a) for q, a in scene] for rendering, scene in drawn]
+        T = max(len(row[0][0]) for row in rows)
+        ids = torch.tensor([[0] * (T - len(row[0][0])) + row[0][0] for row in rows])
+        mask = torch.tensor([[0] * (T - len(row[0][0])) + [1] * len(row[0][0]) for row in rows])
+        seen = [rendering for rendering, _ in drawn if rendering is not None]
         batch = Batch(ids, mask, album.pixels(seen), torch.tensor([[1, 8, 8]] * len(seen)))
-        replies, keep = pad_groups([[reply] for _, reply in pairs], "cpu")
-        loss = F.cross_entropy(model.logits(model.continuations(batch, replies, keep)), replies[keep])
+        replies, keep = pad_groups([[rest for _, rest, _ in row] for row in rows], "cpu")   # (SCENES, PER_SCENE, C)
+        lengths = keep.sum(-1, keepdim=True)
+        spoken = torch.tensor([[[n] for _, _, n in row] for row in rows])
+        learn = torch.arange(keep.shape[-1]) >= lengths - spoken                            # the answer, not the question
+        hidden = model.continuations(batch, replies, keep)[learn[keep]]
+        loss = F.cross_entropy(model.logits(hidden), replies[keep & learn])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
