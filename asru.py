@@ -25,9 +25,7 @@ Where this differs from the paper or from its released script
 import argparse
 import copy
 import json
-import os
 import random
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -37,7 +35,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import encode, evaluate, load_samples, print_table, print_answers, respond, split_sets
+from eval import encode, evaluate, load_samples, prepare, print_answers, print_table, respond, split_sets
 from model_qwen3vl import Processor, Qwen3VL, first_line, read_json, write_aside
 from reward import Reward, is_refusal
 
@@ -96,21 +94,25 @@ def asru(model, proc, data, cfg, log):
     Returns {stage: {set: (metrics, responses)}} for the stages before, steered, after. The model is changed in place.
     """
     prompts = encode_all(model, proc, data)
-    sets = split_sets(data)
-    measure = lambda stage: evaluate_sets(model, proc, sets, prompts, cfg, stage)
+    exams = {name: prepare(model, proc, samples, prompts["forget"].pictures) for name, samples in split_sets(data).items()}
+    measure = lambda stage: evaluate_sets(model, proc, exams, cfg, stage)
     results = {"before": measure("before")}
 
     forget, retain, target = (prompts[name] for name in ("forget", "retain", "target"))
-    layer = cfg.layer if cfg.layer is not None else 17 * model.cfg.text.num_hidden_layers // 36
+    layer = chosen_layer(model, cfg)
     target = target.take([i for i, text in enumerate(respond(model, proc, target, cfg.max_new_tokens, cfg.eval_batch))
                           if is_refusal(text)])                     # knowledge absent: only where the model says so
-    boundary = retain.take(select_boundary(model, forget, retain, layer, cfg.boundary))
+    if not len(target):
+        raise ValueError("the model refuses no question of the target file: there is no \"I can't tell\" to steer towards")
+    boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
+    results["steered"] = results["before"]
     if not cfg.skip_steer:
         log({"stage": 1, **redirect(model, forget, boundary, target, layer, cfg)})
         results["steered"] = measure("steered")
+    results["after"] = results["steered"]
     if not cfg.skip_rl:
         optimize_boundary(model, proc, forget, boundary, target, cfg, log)
-    results["after"] = measure("after")
+        results["after"] = measure("after")
     return results
 
 
@@ -124,10 +126,7 @@ def asru(model, proc, data, cfg, log):
 
 @torch.no_grad()
 def redirect(model, forget, boundary, target, layer, cfg):
-    """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it did, in units of |v|, as a dict.
-
-    Raises ValueError where the layer does not exist or no target prompt is refused.
-    """
+    """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it did, movements in units of |v|, as a dict."""
     keys_f, resid_f = collect_activations(model, forget, layer, cfg)        # (n_f, F), (n_f, D)
     keys_r, _ = collect_activations(model, boundary, layer, cfg)            # (n_r, F)
     _, resid_t = collect_activations(model, target, layer, cfg)             # (n_t, D)
@@ -147,6 +146,14 @@ def redirect(model, forget, boundary, target, layer, cfg):
             "forget_moved_along_v": ((moved_f * direction).sum(1) / length**2).mean().item(),
             "retain_moved": (moved_r.norm(dim=1).mean() / length.mean()).item(),
             "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
+
+
+def chosen_layer(model, cfg):
+    """L of --layer, or the paper's share of the depth (17 of 36). Raises ValueError where there is no such layer."""
+    depth = model.cfg.text.num_hidden_layers
+    if cfg.layer is not None and cfg.layer >= depth:
+        raise ValueError(f"layer {cfg.layer} does not exist: the model has {depth} decoder layers, 0..{depth - 1}")
+    return cfg.layer if cfg.layer is not None else 17 * depth // 36
 
 
 @torch.no_grad()
@@ -186,8 +193,8 @@ def solve_redirection(keys_f, shift, keys_r, ridge):
     return torch.linalg.solve(K.T @ K + gamma * torch.eye(width).to(K), K.T @ T).T
 
 
-def select_boundary(model, forget, retain, layer, share, cfg):
-    """Indices of the retain samples nearest to the forget set at layer `layer`: `share` of them, by sample, not by person.
+def select_boundary(model, forget, retain, layer, cfg):
+    """Indices of the retain samples nearest to the forget set at layer `layer`: a share of them, by sample, not by person.
 
     Near: the largest cosine to any forget prompt, of residual streams less the retain mean (the common part tells nothing).
     """
@@ -195,7 +202,7 @@ def select_boundary(model, forget, retain, layer, share, cfg):
     _, resid_r = collect_activations(model, retain, layer, cfg)
     unit = lambda h: torch.nn.functional.normalize(h - resid_r.mean(0), dim=1)
     nearness = (unit(resid_r) @ unit(resid_f).T).amax(1)                    # (n_r,)
-    return nearness.topk(max(1, round(share * len(retain)))).indices.sort().values.tolist()
+    return nearness.topk(max(1, round(cfg.boundary * len(retain)))).indices.sort().values.tolist()
 
 
 # ------------------------------------------------------------------------------ stage 2: refusal boundary by GRPO
@@ -391,15 +398,14 @@ def encode_all(model, proc, data):
     return {name: encode(model, proc, samples, pictures) for name, samples in data.items()}
 
 
-def evaluate_sets(model, proc, sets, prompts, cfg, stage):
-    """{set: samples} -> {set: (metrics, responses)}, with a progress bar over all answers."""
-    results, pictures = {}, prompts["forget"].pictures
-    bar = tqdm(total=sum(map(len, sets.values())), desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True)
-    for name, samples in sets.items():
+def evaluate_sets(model, proc, exams, cfg, stage):
+    """{set: Exam} -> {set: (metrics, responses)}, with a progress bar over all answers."""
+    results = {}
+    bar = tqdm(total=sum(len(exam.prompts) for exam in exams.values()), desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True)
+    for name, exam in exams.items():
         bar.set_postfix_str(name)
-        asked = encode(model, proc, samples, pictures)
-        responses = respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch, bar)
-        results[name] = evaluate(model, proc, samples, asked, responses, batch_size=cfg.eval_batch), responses
+        responses = respond(model, proc, exam.prompts, cfg.max_new_tokens, cfg.eval_batch, bar)
+        results[name] = evaluate(model, proc, exam.prompts.samples, exam, responses, batch_size=cfg.eval_batch), responses
     bar.close()
     return results
 
@@ -460,6 +466,18 @@ def parse_config(argv):
     return cfg
 
 
+def check_machine(cfg):
+    """The device exists, and --out is or can become a directory."""
+    try:
+        device = torch.device(cfg.device or "cpu")
+    except RuntimeError:
+        raise ValueError(f"--device {cfg.device}: no such device; cpu, cuda or cuda:N is needed") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {cfg.device}: this machine or this build of torch has no CUDA")
+    if cfg.out.exists() and not cfg.out.is_dir():
+        raise ValueError(f"--out {cfg.out}: a file is in the way; a directory is needed")
+
+
 def check_config(cfg):
     """Every number lies in the range that its field states."""
     for f in fields(Config):
@@ -478,11 +496,12 @@ def run(argv):
     """Load, unlearn, write. Nothing is written before the model and all data were read."""
     started = time.perf_counter()
     cfg = parse_config(argv)
-    random.seed(cfg.seed)
+    check_machine(cfg)
     torch.manual_seed(cfg.seed)
     data = load_data(cfg)
     proc = Processor.from_pretrained(cfg.model)
     model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device)
+    chosen_layer(model, cfg)
     print("settings: " + "  ".join(f"{k} {v}" for k, v in asdict(cfg).items() if v not in (None, False)))
     lines = []
     results = asru(model, proc, data, cfg, lines.append)

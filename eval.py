@@ -27,24 +27,39 @@ from model_qwen3vl import Batch, first_line
 from reward import contains, is_refusal, is_well_formed, normalize, rouge_l
 
 BLANK_PROMPT = "Please **ONLY** provide the correct answer that should replace the [Blank]."
+BLANK_TOKENS = 16
 
 
 STAGES = ("before", "steered", "after")
 
 
-def evaluate(model, proc, samples, prompts=None, responses=None, max_new_tokens=50, batch_size=64, progress=None):
-    """All metrics of one set. prompts, responses: what `encode` and `respond` gave for these samples, if at hand."""
-    prompts = prompts or encode(model, proc, samples)
-    responses = responses or respond(model, proc, prompts, max_new_tokens, batch_size, progress)
+def evaluate(model, proc, samples, exam=None, responses=None, max_new_tokens=50, batch_size=64, progress=None):
+    """All metrics of one set of samples: a dict. exam, responses: what `prepare` and `respond` gave for them, if at hand."""
+    exam = exam or prepare(model, proc, samples)
+    responses = responses or respond(model, proc, exam.prompts, max_new_tokens, batch_size, progress)
     metrics = score(samples, responses)
-    blanks = blank_samples(samples)
-    if blanks:
-        asked = [{**s, "question": s["blank"].replace("__", "[Blank]") + "\n" + BLANK_PROMPT} for s in blanks]
-        asked_prompts = encode(model, proc, asked, prompts.pictures)
-        filled = respond(model, proc, asked_prompts, 16, batch_size, progress)
-        metrics["cloze"] = mean(contains(s["fact"], text) for s, text in zip(blanks, filled))
-        metrics["accuracy"] = mean(choose(model, proc, asked, asked_prompts, batch_size, progress))
+    if len(exam.blanks):
+        filled = respond(model, proc, exam.blanks, BLANK_TOKENS, batch_size)
+        metrics["cloze"] = mean(contains(s["fact"], text) for s, text in zip(exam.blanks.samples, filled))
+        metrics["accuracy"] = mean(choose(model, proc, exam.blanks, batch_size))
     return metrics
+
+
+@dataclass
+class Exam:
+    """A set made ready to be asked as often as wanted: its questions, and its blanks, one per fact and way of asking."""
+    prompts: object     # Prompts
+    blanks: object      # Prompts
+
+
+def prepare(model, proc, samples, pictures=None):
+    """Samples -> Exam. pictures: see `encode`."""
+    pictures, once = {} if pictures is None else pictures, {}
+    for s in samples:
+        if s.get("blank") and s.get("options") and s.get("label") and s.get("fact"):
+            once.setdefault((s.get("person"), s["fact"], bool(s.get("image"))), s)
+    blanks = [{**s, "question": s["blank"].replace("__", "[Blank]") + "\n" + BLANK_PROMPT} for s in once.values()]
+    return Exam(encode(model, proc, samples, pictures), encode(model, proc, blanks, pictures))
 
 
 def score(samples, responses):
@@ -113,6 +128,8 @@ def encode(model, proc, samples, pictures=None):
         grids = torch.tensor(grids)
         features = model.encode_images(torch.cat(patches).to(model.device), grids.to(model.device))
         pictures.update({path: (grid, feature) for path, grid, feature in zip(paths, grids, features)})
+    if not samples:
+        return Prompts([], [], pictures)
     chats = [[{"role": "user", "content": [{"type": "image"}] * bool(s.get("image"))
                + [{"type": "text", "text": s["question"]}]}] for s in samples]
     grids = [[pictures[s["image"]][0].tolist()] if s.get("image") else [] for s in samples]
@@ -136,22 +153,19 @@ def respond(model, proc, prompts, max_new_tokens=50, batch_size=64, progress=Non
 
 
 @torch.no_grad()
-def choose(model, proc, samples, prompts, batch_size=64, progress=None):
+def choose(model, proc, prompts, batch_size=64):
     """Is the right option the likeliest? Mean log-probability per token of each option as the answer: list of bool."""
     right = []
-    end = model.cfg.eos_token_ids[:1]
-    for start in range(0, len(samples), batch_size):
-        rows = range(start, min(start + batch_size, len(samples)))
-        options = [[proc.tokenizer(text, add_special_tokens=False)["input_ids"] + list(end)
-                    for text in samples[i]["options"].values()] for i in rows]
-        tokens, keep = pad_groups(options, model.device)                            # (B, G, C)
+    for start in range(0, len(prompts), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        options = [[proc.tokenizer(text, add_special_tokens=False)["input_ids"] + list(model.cfg.eos_token_ids[:1])
+                    for text in prompts.samples[i]["options"].values()] for i in rows]
+        tokens, keep = pad_groups(options, model.device)                            # (B, G, C) G options
         hidden = model.continuations(prompts.batch(rows, model.device), tokens, keep)
         logp = model.distribution(hidden).gather(1, tokens[keep][:, None])[:, 0]    # (kept,)
         total = torch.zeros(keep.shape, device=model.device).masked_scatter(keep, logp).sum(-1) / keep.sum(-1)
-        right += [list(samples[i]["options"])[best] == samples[i]["label"]
-                  for i, best in zip(rows, total.argmax(-1).tolist())]
-        if progress is not None:
-            progress.update(len(rows))
+        right += [list(s["options"])[best] == s["label"]
+                  for s, best in zip((prompts.samples[i] for i in rows), total.argmax(-1).tolist())]
     return right
 
 
@@ -166,15 +180,6 @@ def pad_groups(groups, device):
             tokens[b, g, :len(row)] = torch.tensor(row)
             keep[b, g, :len(row)] = True
     return tokens.to(device), keep.to(device)
-
-
-def blank_samples(samples):
-    """One sample per fact and way of asking: those that can be asked as a blank with options."""
-    once = {}
-    for s in samples:
-        if s.get("blank") and s.get("options") and s.get("label") and s.get("fact"):
-            once.setdefault((s.get("person"), s["fact"], bool(s.get("image"))), s)
-    return list(once.values())
 
 
 # ------------------------------------------------------------------------------ the judge
@@ -270,6 +275,7 @@ def split_sets(data):
 # ------------------------------------------------------------------------------ what a person sees
 
 
+REFUSING = ("forget", "test", "words", "unseen")     # the sets on which a refusal is right
 COLUMNS = ("fact_recall", "accuracy", "cloze", "refusal_rate", "hallucination_rate", "contextual_refusal", "naturalness")
 HEADS = ("recall", "choice", "cloze", "refused", "halluc.", "context", "natural")
 
@@ -280,7 +286,7 @@ def table(metrics):
     for name in metrics["before"]:
         for stage in (s for s in STAGES if s in metrics):
             found = metrics[stage][name]
-            cells = ["-" if c not in found else f"{found[c]:.2f}" if c in ("contextual_refusal", "naturalness")
+            cells = ["-" if c not in found or c == "contextual_refusal" and name not in REFUSING else f"{found[c]:.2f}" if c in ("contextual_refusal", "naturalness")
                      else f"{100 * found[c]:.1f}" for c in COLUMNS]
             lines.append(f"{name if stage == 'before' else '':9}{stage:9}" + "".join(f"{cell:>9}" for cell in cells))
     return lines
