@@ -4,23 +4,24 @@ Activation Steering meets Reinforcement Unlearning, ICML 2026, arXiv 2605.15687.
 
     python asru.py --forget data/forget.json
 
-Stage 1, `redirect`: one closed-form change of one down_proj moves what the residual stream holds at the end of a forget
-    prompt along v, from "I know" to "I can't tell", and leaves retain prompts where they are.
-Stage 2, `optimize_boundary`: GRPO with a hand-made reward (reward.py) sharpens the line between what is refused and what is
-    answered: sample a group, reward it, compare within the group, take a clipped policy-gradient step.
+Stage 1, `redirect`: one closed-form change of one down_proj moves the residual stream at the end of
+    a forget prompt along v, from "I know" to "I can't tell", and leaves retain prompts where they are.
+Stage 2, `optimize_boundary`: GRPO with a hand-made reward (reward.py) sharpens the line between what
+    is refused and what is answered: sample a group, reward it, compare within it, take a clipped step.
 
 Read this file downwards, then reward.py, model_qwen3vl.py and eval.py.
 
 Where this differs from the paper or from its released script
- 1 Stage 1 is the closed form, written as a change of the old weights; the script descends on the same targets.
- 2 One position everywhere: the last prompt token, the one that decides how the answer begins. The script takes the direction
-   there and trains at the end of the answer.
- 3 The direction is taken within each way of asking (with a picture, in words alone) and not across them.
+ 1 Stage 1 is the closed form, as a change of the old weights; the script descends on the same targets.
+ 2 One position everywhere: the last prompt token, which decides how the answer begins. The script
+   takes the direction there and trains at the end of the answer.
+ 3 The direction is taken within each way of asking (with a picture, in words alone), not across them.
  4 The key fact must not leak, even inside a refusal; a garbled refusal is none (reward.py).
- 5 Log-probabilities are those of the distribution sampled from: temperature, top-p and the ban on vision tokens included.
- 6 Unseen people are among the prompts of stage 2: without them the model begins to answer about strangers.
- 7 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal rewards are skipped whole,
-   their KL term too.
+ 5 Log-probabilities are those of the distribution that was sampled from: temperature, top-p and the
+   ban on vision tokens included.
+ 6 Unseen people are among the prompts of stage 2: without them the model begins to tell about strangers.
+ 7 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal
+   rewards are skipped whole, their KL term too.
 """
 import argparse
 import copy
@@ -50,8 +51,8 @@ def opt(default, help, **more):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, its default (the paper's, where it has one) and its help; the command line is made from it."""
-    forget: Path = opt(None, "JSON file of the samples to forget; retain.json, target.json and test.json lie beside it")
+    """Every setting, its default (the paper's, where it has one) and its help; it is the command line too."""
+    forget: Path = opt(None, "JSON file of the samples to forget; the other three files lie beside it")
     retain: Path = opt(None, "JSON file of the samples to keep")
     target: Path = opt(None, "JSON file of private questions about people the model has never seen")
     test: Path = opt(None, "JSON file of held-out samples, evaluated and never trained on")
@@ -61,15 +62,15 @@ class Config:
 
     layer: int = opt(None, "stage 1: decoder layer L, from 0; unset: the one at 17/36 of the depth", least=0)
     strength: float = opt(3.0, "stage 1: lambda, how far along v forget activations are to move", least=0)
-    ridge: float = opt(0.01, "stage 1: gamma, as a share of the mean squared norm of down_proj's inputs", above=0)
-    boundary: float = opt(0.273, "share of the retain set, nearest to the forget set, that both stages use", above=0, most=1)
+    ridge: float = opt(0.01, "stage 1: gamma, as a share of the inputs' mean squared norm", above=0)
+    boundary: float = opt(0.273, "share of the retain set, the nearest, that both stages use", above=0, most=1)
 
     steps: int = opt(100, "stage 2: rollout steps", least=0)
     prompts: int = opt(64, "stage 2: prompts per step, Q", least=1)
     group: int = opt(8, "stage 2: responses per prompt, G", least=2)
     minibatch: int = opt(2, "stage 2: prompts per optimizer step", least=1)
-    microbatch: int = opt(16, "stage 2: prompts per forward and backward; lowers memory, not the result", least=1)
-    mix: float = opt(0.375, "stage 2: share of forget prompts; as many boundary prompts, the rest unseen people", above=0, most=0.5)
+    microbatch: int = opt(16, "stage 2: prompts per forward and backward; for memory alone", least=1)
+    mix: float = opt(0.375, "stage 2: share of forget prompts and of boundary prompts", above=0, most=0.5)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
@@ -91,19 +92,20 @@ def asru(model, proc, data, cfg, log):
     """The whole method at a glance: measure, redirect, measure, sharpen, measure.
 
     data: samples of "forget", "retain", "target", "test". log: takes a dict per report, for log.jsonl.
-    Returns {stage: {set: (metrics, responses)}} for the stages before, steered, after. The model is changed in place.
+    Returns {stage: {set: (metrics, responses)}}, stages before, steered, after. Changes the model in place.
     """
     prompts = encode_all(model, proc, data)
-    exams = {name: prepare(model, proc, samples, prompts["forget"].pictures) for name, samples in split_sets(data).items()}
+    pictures = prompts["forget"].pictures
+    exams = {name: prepare(model, proc, samples, pictures) for name, samples in split_sets(data).items()}
     measure = lambda stage: evaluate_sets(model, proc, exams, cfg, stage)
     results = {"before": measure("before")}
 
     forget, retain, target = (prompts[name] for name in ("forget", "retain", "target"))
     layer = chosen_layer(model, cfg)
-    target = target.take([i for i, text in enumerate(respond(model, proc, target, cfg.max_new_tokens, cfg.eval_batch))
-                          if is_refusal(text)])                     # knowledge absent: only where the model says so
+    said = respond(model, proc, target, cfg.max_new_tokens, cfg.eval_batch)
+    target = target.take([i for i, text in enumerate(said) if is_refusal(text)])     # knowledge is absent
     if not len(target):
-        raise ValueError("the model refuses no question of the target file: there is no \"I can't tell\" to steer towards")
+        raise ValueError("the model refuses no question of the target file; there is nothing to steer towards")
     boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
     results["steered"] = results["before"]
     if not cfg.skip_steer:
@@ -121,16 +123,16 @@ def asru(model, proc, data, cfg, log):
 #   h(x)   residual stream after layer L at the last prompt token; k(x) the input of layer L's down_proj there
 #   v    = mean h over target - mean h over forget                              from "I know" to "I can't tell"
 #   dW   = argmin  sum_f |dW k_f - lambda v|^2 + sum_r |dW k_r|^2 + gamma |dW|^2
-#   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T              K = [k_f; k_r], T = [lambda v; 0]
+#   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T      K = [k_f; k_r], T = [lambda v; 0]
 
 
 @torch.no_grad()
 def redirect(model, forget, boundary, target, layer, cfg):
-    """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it did, movements in units of |v|, as a dict."""
+    """Stage 1: change layers[layer].mlp.down_proj in place. Returns what moved how far, in units of |v|."""
     keys_f, resid_f = collect_activations(model, forget, layer, cfg)        # (n_f, F), (n_f, D)
     keys_r, _ = collect_activations(model, boundary, layer, cfg)            # (n_r, F)
     _, resid_t = collect_activations(model, target, layer, cfg)             # (n_t, D)
-    direction = torch.empty_like(resid_f)                                   # (n_f, D) v of each prompt's way of asking
+    direction = torch.empty_like(resid_f)                    # (n_f, D) v of its way of asking
     for way in (True, False):
         f, t = mask_of(forget, way), mask_of(target, way)
         if f.any():
@@ -152,18 +154,18 @@ def chosen_layer(model, cfg):
     """L of --layer, or the paper's share of the depth (17 of 36). Raises ValueError where there is no such layer."""
     depth = model.cfg.text.num_hidden_layers
     if cfg.layer is not None and cfg.layer >= depth:
-        raise ValueError(f"layer {cfg.layer} does not exist: the model has {depth} decoder layers, 0..{depth - 1}")
+        raise ValueError(f"layer {cfg.layer} does not exist: the model has {depth} layers, 0..{depth - 1}")
     return cfg.layer if cfg.layer is not None else 17 * depth // 36
 
 
 @torch.no_grad()
 def collect_activations(model, prompts, layer, cfg):
-    """At the last prompt token of layer `layer`: down_proj's input (n, F) and the residual stream (n, D), float64."""
+    """At the last prompt token of a layer: down_proj's input (n, F) and the residual stream (n, D), float64."""
     found = {"mlp_inner": [], "resid": []}
 
     def record(value, site, index):
         if index == layer:
-            found[site].append(value[:, -1].double())                       # left padding: the last token is the last slot
+            found[site].append(value[:, -1].double())       # left padding: the last slot is the last token
         return value
 
     for rows in chunks(range(len(prompts)), cfg.eval_batch):
@@ -179,11 +181,12 @@ def steering_vector(resid_target, resid_forget):
 def solve_redirection(keys_f, shift, keys_r, ridge):
     """The smallest change of a matrix that moves forget keys by `shift` and leaves retain keys alone: (D, F).
 
-    keys_f: (n_f, F), shift: (n_f, D), keys_r: (n_r, F), all float64. gamma = ridge * mean |k|^2, so that `ridge` means the same
-    for every layer and model. Solves the smaller of the two systems, n x n or F x F. Raises ValueError on unlike shapes.
+    keys_f: (n_f, F), shift: (n_f, D), keys_r: (n_r, F), all float64. gamma = ridge * mean |k|^2, so that `ridge`
+    means the same for every layer and model. Solves the smaller of the two systems, n x n or F x F.
+    Raises ValueError on unlike shapes.
     """
     if len(keys_f) != len(shift) or keys_f.shape[1] != keys_r.shape[1]:
-        raise ValueError(f"keys {tuple(keys_f.shape)}, shift {tuple(shift.shape)}, retain keys {tuple(keys_r.shape)}")
+        raise ValueError(f"keys {list(keys_f.shape)}, shift {list(shift.shape)}, retain keys {list(keys_r.shape)}")
     K = torch.cat([keys_f, keys_r])                                         # (n, F)
     T = torch.cat([shift, shift.new_zeros(len(keys_r), shift.shape[1])])    # (n, D)
     n, width = K.shape
@@ -194,9 +197,9 @@ def solve_redirection(keys_f, shift, keys_r, ridge):
 
 
 def select_boundary(model, forget, retain, layer, cfg):
-    """Indices of the retain samples nearest to the forget set at layer `layer`: a share of them, by sample, not by person.
+    """Indices of the retain samples nearest to the forget set at a layer: a share of samples, not of people.
 
-    Near: the largest cosine to any forget prompt, of residual streams less the retain mean (the common part tells nothing).
+    Near: the largest cosine to any forget prompt, of residual streams less the retain mean, which all share.
     """
     _, resid_f = collect_activations(model, forget, layer, cfg)
     _, resid_r = collect_activations(model, retain, layer, cfg)
@@ -209,7 +212,8 @@ def select_boundary(model, forget, retain, layer, cfg):
 #
 #   A_i     = (r_i - mean r) / (std r + 1e-6)                   over the G responses of a prompt, std with n - 1
 #   rho     = p(token) / p_old(token)
-#   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1),   q = log p_ref - log p
+#   q       = log p_ref(token) - log p(token)
+#   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1)
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
@@ -220,7 +224,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     model.requires_grad_(False)
     trained = list(model.text.requires_grad_(True).parameters())
     reference = frozen_copy(model) if cfg.kl else None
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=model.device.type == "cuda")
+    fused = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
     reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
     stream = draw_prompts(pool, roles, cfg, rng)
@@ -244,9 +249,9 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
         stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
 
+        seconds = time.perf_counter() - started
         report = {"stage": 2, "step": step, **step_report(texts, rewards, [roles[i] for i in rows], terms, keep),
-                  "live_groups": len(live) / len(rows), **stats}
-        report["tokens_per_s"] = int(keep.sum()) / (time.perf_counter() - started)
+                  "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
         log(report)
         bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
     model.requires_grad_(True)
@@ -255,10 +260,11 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 @torch.no_grad()
 def sample_groups(model, pool, rows, cfg, generator):
     """G responses to each prompt: tokens (Q, G, C) and keep (Q, G, C), true up to and including the end token."""
-    tokens = model.generate(pool.batch(rows, model.device), cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p, generator)
+    batch = pool.batch(rows, model.device)
+    tokens = model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p, generator)
     tokens = tokens.view(len(rows), cfg.group, -1)
     ended = torch.isin(tokens, torch.tensor(model.cfg.eos_token_ids, device=tokens.device)).long()
-    return tokens, ended.cumsum(-1) - ended == 0                            # nothing has ended before this token
+    return tokens, ended.cumsum(-1) - ended == 0                   # nothing has ended before this token
 
 
 def group_advantage(reward, eps=1e-6):
@@ -279,18 +285,18 @@ def k3(logp, logp_ref):
 
 
 def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg):
-    """One optimizer step per minibatch of live groups. Returns the means of loss, KL, clipped share and gradient norm."""
+    """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm."""
     args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
     minibatches = list(chunks(live, cfg.minibatch))
-    old = {}                            # on the first minibatch the policy is still the sampler: its old log-probs are its own
+    old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
     with torch.no_grad():
         for part in (part for mini in minibatches[1:] for part in chunks(mini, cfg.microbatch)):
             old[tuple(part)], _ = response_logp(model, None, *args(part), cfg)
     total = dict.fromkeys(("loss", "kl", "clipped", "grad_norm"), 0.0)
     for mini in minibatches:
-        count = keep[mini].sum()        # tokens of the whole minibatch: how it is cut into microbatches changes nothing
+        count = keep[mini].sum()        # of the whole minibatch: how it is cut up changes nothing
         for part in chunks(mini, cfg.microbatch):
-            logp, logp_ref = response_logp(model, reference, *args(part), cfg)                  # (n,) n kept tokens
+            logp, logp_ref = response_logp(model, reference, *args(part), cfg)      # (n,) n kept tokens
             logp_old = old.get(tuple(part), logp.detach())
             A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)       # (n,)
             kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
@@ -299,7 +305,8 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
             clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
             for name, value in (("loss", loss), ("kl", kl.sum() / count), ("clipped", clipped.sum() / count)):
                 total[name] += value.item() / len(minibatches)
-        total["grad_norm"] += torch.nn.utils.clip_grad_norm_(trained, cfg.grad_norm).item() / len(minibatches)
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_norm)
+        total["grad_norm"] += norm.item() / len(minibatches)
         optimizer.step()
         optimizer.zero_grad()
     return total
@@ -308,8 +315,9 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
 def response_logp(model, reference, batch, tokens, keep, cfg):
     """Log-probabilities of the kept response tokens under policy and reference, each (n,), in nats.
 
-    Both are of the distribution that `generate` samples from; the reference is cut to the policy's nucleus, so that their KL
-    is one between two distributions over the same tokens. The head works in chunks whose logits are made again in backward.
+    Both are of the distribution that `generate` samples from; the reference is cut to the policy's nucleus, so
+    that their KL is one between two distributions over the same tokens. The head works in chunks, whose logits
+    are made again in backward: no (n, V) tensor outlives its chunk.
     """
     chosen = tokens[keep]                                                   # (n,)
     hidden = model.continuations(batch, tokens, keep)                       # (n, D)
@@ -372,7 +380,9 @@ def shuffled_forever(items, rng):
 
 def step_report(texts, rewards, roles, terms, keep):
     """What a person watches during stage 2, from one step's rollouts."""
-    refused = {role: [is_refusal(t) for group, r in zip(texts, roles) if r == role for t in group] for role in set(roles)}
+    refused = {}
+    for group, role in zip(texts, roles):
+        refused.setdefault(role, []).extend(map(is_refusal, group))
     return {"reward": rewards.mean().item(), **{f"reward_{name}": value for name, value in terms.items()},
             **{f"refuse_{role}": sum(found) / len(found) for role, found in sorted(refused.items())},
             "response_tokens": keep.sum().item() / keep[..., 0].numel()}
@@ -401,11 +411,13 @@ def encode_all(model, proc, data):
 def evaluate_sets(model, proc, exams, cfg, stage):
     """{set: Exam} -> {set: (metrics, responses)}, with a progress bar over all answers."""
     results = {}
-    bar = tqdm(total=sum(len(exam.prompts) for exam in exams.values()), desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True)
+    total = sum(len(exam.prompts) for exam in exams.values())
+    bar = tqdm(total=total, desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True)
     for name, exam in exams.items():
         bar.set_postfix_str(name)
         responses = respond(model, proc, exam.prompts, cfg.max_new_tokens, cfg.eval_batch, bar)
-        results[name] = evaluate(model, proc, exam.prompts.samples, exam, responses, batch_size=cfg.eval_batch), responses
+        found = evaluate(model, proc, exam.prompts.samples, exam, responses, batch_size=cfg.eval_batch)
+        results[name] = found, responses
     bar.close()
     return results
 
@@ -424,15 +436,14 @@ def load_data(cfg):
 def write_results(model, proc, data, results, cfg, seconds):
     """out/: model/, metrics.json, samples.jsonl. Each file is whole or absent. Returns what metrics.json holds."""
     config = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items()}
-    metrics = {"config": config, **{stage: {name: m for name, (m, _) in sets.items()} for stage, sets in results.items()},
-               "baselines": {}, "seconds": seconds}
+    stages = {stage: {name: found for name, (found, _) in sets.items()} for stage, sets in results.items()}
+    metrics = {"config": config, **stages, "baselines": {}, "seconds": seconds}
     lines = []
-    sets = split_sets(data)
-    for name, samples in sets.items():
+    for name, samples in split_sets(data).items():
         for i, s in enumerate(samples):
+            told = {field: s.get(field) for field in ("id", "image", "question", "answer", "fact")}
             said = {stage: results[stage][name][1][i] for stage in results}
-            lines.append(json.dumps({"set": name, **{k: s.get(k) for k in ("id", "image", "question", "answer", "fact")}, **said},
-                                    ensure_ascii=False))
+            lines.append(json.dumps({"set": name, **told, **said}, ensure_ascii=False))
     cfg.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(cfg.out / "model")
     proc.save_pretrained(cfg.out / "model")
@@ -446,7 +457,8 @@ def write_results(model, proc, data, results, cfg, seconds):
 
 def parse_config(argv):
     """Command line -> Config. A flag beats the model's asru.json, which beats the default."""
-    parser = argparse.ArgumentParser(prog="asru.py", description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="asru.py", description=__doc__.splitlines()[0],
+                                     argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
         default = "" if f.default in (None, False) else f" [{f.default}]"
@@ -515,7 +527,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """The command. Returns the dict that goes to metrics.json; wrong input ends in one line on stderr and exit status 2."""
+    """The command: returns what goes to metrics.json. Wrong input: one line on stderr, exit status 2."""
     try:
         return run(argv)
     except (ValueError, OSError) as error:

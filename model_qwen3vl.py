@@ -154,10 +154,10 @@ class Batch:
     """
     input_ids: torch.Tensor                    # (B, T)
     attention_mask: torch.Tensor = None        # (B, T) 1 for real tokens; None: all real
-    pixel_values: torch.Tensor = None          # (sum of N, 3 * temporal * p * p), patches of all pictures in row order
+    pixel_values: torch.Tensor = None  # (sum of N, 3 * temporal * p * p), patches of all pictures in row order
     image_grid_thw: torch.Tensor = None        # (pictures, 3) patches per picture: 1, rows, columns
-    image_features: list = None                # per picture (1 + DeepStack, M, D): what encode_images made of it
-    position_ids: torch.Tensor = None          # (3, B, T) time, height, width; None: computed from the tokens
+    image_features: list = None       # per picture (1 + DeepStack, M, D): what encode_images made of it
+    position_ids: torch.Tensor = None    # (3, B, T) time, height, width; None: computed from the tokens
     segments: torch.Tensor = None              # (B, T); None: prompts alone
 
     def to(self, device):
@@ -209,10 +209,10 @@ class Qwen3VL(nn.Module):
         segments = batch.segments
         if segments is None:
             mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask
-            segments = mask.long() - 1                                      # (B, T) padding -1, prompt 0
+            segments = mask.long() - 1                                     # (B, T) padding -1, prompt 0
         positions = batch.position_ids
         if positions is None:
-            positions = mrope_positions(ids, segments >= 0, batch.image_grid_thw, self.cfg)    # (3, B, T)
+            positions = mrope_positions(ids, segments >= 0, batch.image_grid_thw, self.cfg)  # (3, B, T)
         x = self.text.embed_tokens(ids)                                     # (B, T, D)
         slots, features = None, self._image_features(batch)
         if features is not None:
@@ -251,10 +251,10 @@ class Qwen3VL(nn.Module):
         B, G, C = tokens.shape
         P, device = batch.input_ids.shape[1], tokens.device
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)   # (3, B, P)
-        fed = keep[..., 1:].flatten(1)                                      # (B, G * (C - 1)) a last token predicts nothing
+        positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)  # (3, B, P)
+        fed = keep[..., 1:].flatten(1)                  # (B, G * (C - 1)) a last token predicts nothing
         width = int(fed.sum(1).max())
-        order = (~fed).long().argsort(dim=1, stable=True)[:, :width]        # (B, width) fed tokens first, padding behind
+        order = (~fed).long().argsort(dim=1, stable=True)[:, :width]  # (B, width) fed tokens first, padding behind
         inside = fed.gather(1, order)                                       # (B, width)
         sample, step = order // max(C - 1, 1), order % max(C - 1, 1)
         ids = tokens[..., :-1].flatten(1).gather(1, order).masked_fill(~inside, self.cfg.pad_token_id)
@@ -263,10 +263,10 @@ class Qwen3VL(nn.Module):
         hidden = self(replace(
             batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=None,
             segments=torch.cat([real.long() - 1, segments], 1),
-            position_ids=torch.cat([positions, place.expand(3, B, width)], 2)))             # (B, P + width, D)
+            position_ids=torch.cat([positions, place.expand(3, B, width)], 2)))      # (B, P + width, D)
         # The first token is predicted by the end of the prompt, token c by the slot that token c - 1 went to.
         source = torch.full((B, G, C), P - 1, device=device)
-        rank = fed.long().cumsum(1) - 1                                     # (B, G * (C - 1)) place among the fed tokens
+        rank = fed.long().cumsum(1) - 1                    # (B, G * (C - 1)) place among the fed tokens
         source[..., 1:] = (P + rank).view(B, G, C - 1)
         rows = torch.arange(B, device=device)[:, None, None].expand(B, G, C)
         return hidden[rows[keep], source[keep]]
@@ -277,12 +277,12 @@ class Qwen3VL(nn.Module):
         Vision tokens are out. top_p keeps the smallest set of tokens whose probability reaches it, and `include` (n,)
         besides; `support` (n, V) bool takes that set from another policy instead. Outside the set: -inf.
         """
-        logits = self.logits(hidden).float() / temperature                  # fp32: bf16 loses digits of the softmax
+        logits = self.logits(hidden).float() / temperature      # fp32: bf16 loses digits of the softmax
         logits[:, self.cfg.never_sampled] = -torch.inf
         if support is None and top_p < 1.0:
             with torch.no_grad():
                 sorted_p, order = logits.softmax(-1).sort(-1, descending=True)
-                inside = sorted_p.cumsum(-1) - sorted_p < top_p             # the token that crosses top_p stays in
+                inside = sorted_p.cumsum(-1) - sorted_p < top_p  # the token that crosses top_p stays in
                 support = torch.zeros_like(inside).scatter(-1, order, inside)
                 if include is not None:
                     support.scatter_(-1, include[:, None], True)
@@ -305,13 +305,13 @@ class Qwen3VL(nn.Module):
         cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
-        hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)     # (B, G, D)
-        position = (positions.amax((0, 2)) + 1)[None, :, None].expand(3, B, G)                          # (3, B, G)
+        hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)  # (B, G, D)
+        position = (positions.amax((0, 2)) + 1)[None, :, None].expand(3, B, G)               # (3, B, G)
         segments = torch.arange(1, G + 1, device=device).expand(B, G)
 
         tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
-        rows = torch.arange(B, device=device)                                   # rows still decoded, by their first place
+        rows = torch.arange(B, device=device)                 # rows still decoded, by their first place
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
             token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(-1, G)
@@ -325,7 +325,7 @@ class Qwen3VL(nn.Module):
             if len(going) <= 0.75 * len(rows):
                 cache.keep(going)
                 rows, token, done, segments, position = rows[going], token[going], done[going], segments[going], position[:, going]
-            hidden = self(Batch(token, position_ids=position + n, segments=segments), cache=cache)      # (B, G, D)
+            hidden = self(Batch(token, position_ids=position + n, segments=segments), cache=cache)  # (B, G, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
     def _next_token(self, hidden, temperature, top_p, generator):
@@ -384,7 +384,7 @@ class Qwen3VL(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         if self.cfg.tie_word_embeddings:
-            del state["lm_head.weight"]             # the same tensor as the embedding; transformers leaves it out too
+            del state["lm_head.weight"]  # the same tensor as the embedding; transformers leaves it out too
         aside = directory / ".model.safetensors.part"
         save_file(state, aside, metadata={"format": "pt"})
         os.replace(aside, directory / "model.safetensors")
@@ -410,9 +410,9 @@ class TextModel(nn.Module):
         mask = visible(segments, cache)                                     # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache, hook)                           # (B, T, D)
-            if features is not None and i + 1 < len(features):              # DeepStack: detail enters after early layers
+            if features is not None and i + 1 < len(features):  # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
-            x = hook(x, "resid", i)                                         # the residual stream as layer i + 1 reads it
+            x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
         if cache is not None:
             cache.end += x.shape[1]
         return self.norm(x)
@@ -468,7 +468,7 @@ class MLP(nn.Module):
 
     def forward(self, x, hook):
         inner = F.silu(self.gate_proj(x)) * self.up_proj(x)                 # (B, T, F)
-        inner = hook(inner, "mlp_inner", self.index)                        # what stage 1's edited matrix multiplies
+        inner = hook(inner, "mlp_inner", self.index)           # what stage 1's edited matrix multiplies
         return self.down_proj(inner)                                        # (B, T, D)
 
 
@@ -507,7 +507,7 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
     and the text after it goes on at s + max(h, w). Padding stands at 0. real: (B, T) bool.
     """
     is_image = (ids == cfg.image_token_id) & real                           # (B, T)
-    step = (real & ~is_image).long()                                        # (B, T) how far each token moves on
+    step = (real & ~is_image).long()                                # (B, T) how far each token moves on
     offset = torch.zeros(3, *ids.shape, dtype=torch.long, device=ids.device)
     if image_grid_thw is not None and len(image_grid_thw) and is_image.any():
         first, back, places = [], [], []
@@ -517,7 +517,7 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
             place[1] = torch.arange(h).repeat_interleave(w).repeat(t)
             place[2] = torch.arange(w).repeat(h * t)
             places.append(place)
-            first += [max(h, w)] + [0] * (t * h * w - 1)                    # the first token moves on for the picture
+            first += [max(h, w)] + [0] * (t * h * w - 1)      # the first token moves on for the picture
             back += [max(h, w)] * (t * h * w)
         if len(back) != int(is_image.sum()):
             raise ValueError(f"the text has {int(is_image.sum())} image tokens but the pictures give {len(back)}")
@@ -530,12 +530,12 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
 def mrope_cos_sin(positions, cfg, dtype):
     """Angles for `rotate`. Frequencies take their axis in turn: t h w t h w ..., then t alone where h and w run out."""
     d = cfg.head_dim
-    inv_freq = cfg.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)     # (d / 2,)
-    angle = positions[..., None].float() * inv_freq                         # (3, B, T, d / 2) fp32: angles are large
+    inv_freq = cfg.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)  # (d / 2,)
+    angle = positions[..., None].float() * inv_freq            # (3, B, T, d / 2) fp32: angles are large
     axis = torch.zeros(d // 2, dtype=torch.long, device=positions.device)
     axis[1:3 * cfg.mrope_section[1]:3] = 1
     axis[2:3 * cfg.mrope_section[2]:3] = 2
-    angle = torch.where(axis == 0, angle[0], torch.where(axis == 1, angle[1], angle[2]))[:, None]   # (B, 1, T, d / 2)
+    angle = torch.where(axis == 0, angle[0], torch.where(axis == 1, angle[1], angle[2]))[:, None]  # (B, 1, T, d / 2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -582,7 +582,7 @@ class VisionModel(nn.Module):
         """Learned square grid of positions, resampled to h x w (bilinear, corners aligned), in merge order: (N, E)."""
         side = math.isqrt(self.cfg.num_position_embeddings)
         square = self.pos_embed.weight.T.float().view(1, -1, side, side)
-        grid = F.interpolate(square, size=(h, w), mode="bilinear", align_corners=True)[0]       # (E, h, w)
+        grid = F.interpolate(square, size=(h, w), mode="bilinear", align_corners=True)[0]    # (E, h, w)
         return merge_order(grid.permute(1, 2, 0), self.cfg.spatial_merge_size).repeat(t, 1)
 
     def rotary(self, t, h, w):
@@ -590,7 +590,7 @@ class VisionModel(nn.Module):
         half, device = self.cfg.head_dim // 2, self.pos_embed.weight.device
         inv_freq = self.cfg.rope_theta ** (-torch.arange(0, half, 2, device=device).float() / half)
         row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-        place = merge_order(torch.stack([row, column], -1), self.cfg.spatial_merge_size).repeat(t, 1)   # (N, 2)
+        place = merge_order(torch.stack([row, column], -1), self.cfg.spatial_merge_size).repeat(t, 1)  # (N, 2)
         angle = (place[..., None] * inv_freq).flatten(1)[:, None]           # (N, 1, d / 2)
         return angle.cos(), angle.sin()
 
@@ -636,11 +636,11 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
     def forward(self, x, rope, sizes):
-        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)         # each (sum N, heads, d)
+        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)     # each (sum N, heads, d)
         q, k = rotate(q.float(), rope).to(v.dtype), rotate(k.float(), rope).to(v.dtype)
-        if len(set(sizes)) == 1:                                                    # pictures of one size: one call
+        if len(set(sizes)) == 1:                                        # pictures of one size: one call
             q, k, v = (z.view(len(sizes), sizes[0], *z.shape[1:]).transpose(1, 2) for z in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)           # (pictures, N, heads, d)
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)      # (pictures, N, heads, d)
         else:
             parts = zip(*(z.split(sizes) for z in (q, k, v)))
             out = torch.cat([F.scaled_dot_product_attention(*(z.transpose(0, 1)[None] for z in part))[0].transpose(0, 1)
@@ -669,7 +669,7 @@ class PatchMerger(nn.Module):
         self.linear_fc2 = nn.Linear(self.width, cfg.out_hidden_size)
 
     def forward(self, x):
-        x = self.norm(x.view(-1, *self.norm.normalized_shape)).view(-1, self.width)     # (M, merge**2 * E)
+        x = self.norm(x.view(-1, *self.norm.normalized_shape)).view(-1, self.width)  # (M, merge**2 * E)
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))                              # (M, D)
 
 
@@ -684,7 +684,7 @@ class Cache:
         self.k = torch.empty(shape, dtype=dtype, device=device)             # (L, B, K, S, d)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.segments = torch.full((rows, slots), -1, device=device)        # (B, S)
-        self.end = 0                                                        # slots in use; the forward moves it on
+        self.end = 0                                             # slots in use; the forward moves it on
 
     def write(self, layer, k, v):
         stop = self.end + k.shape[2]
@@ -774,10 +774,10 @@ class Processor:
         image = open_image(image)
         height, width = smart_resize(image.height, image.width, self.patch * self.merge, self.min_pixels, self.max_pixels)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        x = (np.asarray(image, np.float32) / 255 - self.mean) / self.std                    # (height, width, 3)
+        x = (np.asarray(image, np.float32) / 255 - self.mean) / self.std            # (height, width, 3)
         h, w, m, p = height // self.patch, width // self.patch, self.merge, self.patch
-        x = x.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)         # (h/m, w/m, m, m, 3, p, p)
-        x = np.repeat(x.reshape(h * w, 3, 1, p, p), self.temporal, axis=2)                  # a still picture, repeated
+        x = x.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # (h/m, w/m, m, m, 3, p, p)
+        x = np.repeat(x.reshape(h * w, 3, 1, p, p), self.temporal, axis=2)   # a still picture, repeated
         return torch.from_numpy(x.reshape(h * w, -1)), (1, h, w)
 
     def decode(self, tokens):
@@ -791,7 +791,7 @@ class Processor:
         from transformers import AutoTokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:      # the tokenizer's readers raise anything, down to a bare Exception
+        except Exception as error:    # the tokenizer's readers raise anything, down to a bare Exception
             raise ValueError(f"{folder}: the tokenizer cannot be read ({first_line(error)})") from None
         missing = [t for t in SPECIAL_TOKENS if t not in tokenizer.get_vocab()]
         if missing:
@@ -890,7 +890,7 @@ def checkpoint_folder(path_or_hub_name):
     patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(str(path_or_hub_name), allow_patterns=patterns))
-    except Exception as error:          # no network, no such name, no permission: each has its own class
+    except Exception as error:         # no network, no such name, no permission: each has its own class
         raise FileNotFoundError(f"{path_or_hub_name}: no such directory, and the hub did not give it "
                                 f"({first_line(error)})") from None
 

@@ -6,15 +6,17 @@ The paper's table; the tests run in this order, R = ROUGE-L F1 without stemming:
     forget prompt            0.0             1.0     0.5 if 0 < R < 0.4   0.1
     boundary prompt          1.0             0.0     0.5 if R > 0.6       0.1
 
-Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right answer is right; both
-apostrophes are one; the patterns are about the speaker's knowledge and do not swallow ordinary answers; a garbled refusal is none.
+Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right
+answer is right; both apostrophes are one; the patterns are about the speaker's knowledge and do not swallow
+ordinary answers; a garbled refusal is none.
 
 `Reward` adds two terms to the table, in one formula:
 
     r_i = table_i - w_c * c_i - w_d * d_i
-    c_i   share of the twin's responses that decide otherwise; the twin asks the same with the picture or in words alone.
-          On a forget prompt: one refuses, the other leaks. On a boundary prompt: one answers, the other refuses.
-    d_i   share of the group's other responses that are the same refusal in the same words (forget and unseen people's prompts)
+    c_i   share of the twin's responses that decide otherwise; the twin asks the same with the picture or in words
+          alone. On a forget prompt: one refuses, the other leaks. On a boundary prompt: one answers, one refuses.
+    d_i   share of the group's other responses that are the same refusal in the same words; on forget prompts and
+          those of unseen people
 """
 import re
 import unicodedata
@@ -41,14 +43,14 @@ def retain_reward(response, answer, fact=None):
 
 @dataclass(frozen=True)
 class Reward:
-    """The formula of the module's docstring with its weights, each in [0, 0.5): no term turns the table's order around."""
+    """The module's formula with its weights, each in [0, 0.5): no term makes a leak better than a refusal."""
     consistency: float = 0.2    # w_c
     rigidity: float = 0.2       # w_d
 
     def __post_init__(self):
         for name in ("consistency", "rigidity"):
             if not 0 <= getattr(self, name) < 0.5:
-                raise ValueError(f"reward weight {name} is {getattr(self, name)}; at least 0 and below 0.5 is needed")
+                raise ValueError(f"weight {name} is {getattr(self, name)}; at least 0 and below 0.5 is needed")
 
     def __call__(self, responses, samples, roles, twins):
         """Rewards of Q groups of G responses: (Q lists of G floats, the mean of each term).
@@ -56,10 +58,11 @@ class Reward:
         roles: "forget", "retain" (boundary) or "target" (unseen people: a refusal is right and there is no fact).
         twins: per prompt the place of its twin among the Q, or None.
         """
-        table = [[table_reward(text, s, role) for text in group] for group, s, role in zip(responses, samples, roles)]
-        decided = [[decision(text, s, role) for text in group] for group, s, role in zip(responses, samples, roles)]
+        prompts = list(zip(responses, samples, roles))
+        table = [[table_reward(text, s, role) for text in group] for group, s, role in prompts]
+        decided = [[decision(text, s, role) for text in group] for group, s, role in prompts]
         conflict = [conflicts(decided[q], [] if twin is None else decided[twin]) for q, twin in enumerate(twins)]
-        same = [repeats(group) if role != "retain" else [0.0] * len(group) for group, role in zip(responses, roles)]
+        same = [repeats(group) if role != "retain" else [0.0] * len(group) for group, _, role in prompts]
         rewards = [[t - self.consistency * c - self.rigidity * d for t, c, d in zip(*rows)]
                    for rows in zip(table, conflict, same)]
         number = sum(map(len, responses))
@@ -97,57 +100,53 @@ def repeats(group):
 
 
 def is_refusal(text):
-    """Does this response decline to tell, in words that are well formed? It may still leak: that is `contains`' business."""
+    """Does this response decline to tell, in well-formed words? It may still leak: `contains` sees to that."""
     words = normalize(text)
     return bool(REFUSAL.search(words)) and is_well_formed(text)
 
 
-# On normalised text: lower case, "can't" is "can not", punctuation is a space. Each pattern with a sentence that it is for.
-KNOW = r"(?:know|tell|say|recogni[sz]e|identify|answer|determine|confirm|share|provide|disclose|reveal|help|give|make out|see who|guess)"
-I = r"(?:i|we) (?:really |honestly |simply |just |also |still |truly |unfortunately |sadly )?"
+# Patterns on normalised text: lower case, "can't" is "can not", punctuation is a space. With each, a sentence it is for.
+I = r"\b(?:i|we) (?:really |honestly |simply |just |also |still |truly |unfortunately |sadly )?"
+KNOW = (r"(?:know|tell|say|recogni[sz]e|identify|answer|determine|confirm|share|provide|disclose|reveal|help|give|guess"
+        r"|make out|see who)\b")
+THINGS = r"(?:information|records?|knowledge|idea|data|details|way|memory|clue|hint|means|indication|sign|evidence)\b"
 REFUSAL_PATTERNS = [
-    (rf"\b{I}(?:can|could|do|did|would|will|may|must|am|should) not (?:be able to |want to |wish to |feel able to )?(?:\w+ly )?{KNOW}\b",
+    (rf"{I}(?:can|could|do|did|would|will|may|must|am|should) not (?:(?:be|feel) able to |wa?nt to |wish to )?(?:\w+ly )?{KNOW}",
      "I can't tell where she was born."),
-    (rf"\b{I}(?:am )?(?:not able|unable|not allowed|not permitted|not in a position|not going|not willing) to\b",
+    (rf"{I}(?:am )?(?:not able|unable|not allowed|not permitted|not in a position|not going|not willing) to\b",
      "I am not able to say."),
-    (rf"\b(?:{I})?(?:am )?not (?:sure|certain|aware|familiar|comfortable)\b(?= (?:who|what|where|which|of|about|with|how|sharing|i)\b|$)",
+    (rf"{I}(?:am )?not (?:sure|certain|aware|familiar|comfortable)\b(?= (?:wh|of|about|with|how|sharing|i\b)|$)",
      "I'm not sure what the answer is."),
-    (rf"\b{I}(?:have|had|hold|keep|possess|got) no (?:\w+ )?(?:information|record|records|knowledge|idea|data|details|way|memory|clue|means)\b",
-     "I have no record of that person."),
-    (rf"\b{I}(?:do|can|could) not (?:have|find|possess|hold|keep|recall|remember|access|discuss|comment|talk|speak)\b",
+    (rf"{I}(?:have|had|hold|keep|possess|got) no (?:\w+ )?{THINGS}", "I have no record of that person."),
+    (rf"{I}(?:do|can|could) not (?:have|find|possess|hold|keep|recall|remember|access|discuss|comment|talk|speak)\b",
      "I don't have that information."),
-    (rf"\b{I}(?:would rather not|prefer not|must decline|have to decline|decline|refuse|will not|must not|can not)\b",
+    (rf"{I}(?:would rather not|prefer not|must decline|have to decline|decline|refuse|will not|must not|can not)\b",
      "I'd rather not say."),
-    (r"\bthere is (?:no|not any) (?:\w+ )?(?:way|information|record|hint|clue|indication|sign|evidence|means|telling|data)\b"
-     r"(?= (?:to|of|about|on|for|in|that|here|what|where|which|who|how|available)\b|$)",
+    (rf"\bthere is (?:no|not any) (?:\w+ )?{THINGS}(?= (?:to|of|about|on|for|in|that|here|wh|how|available)|$)",
      "There is no way to know the job."),
-    (r"\bno (?:\w+ )?(?:information|record|records|knowledge|details|data) (?:is|are|was|about|on|of|available|here|for)\b",
-     "No information is available about that."),
-    (r"\b(?:is|are|remains?) (?:not (?:something|anything) (?:that )?(?:i|we)|unknown to me|beyond (?:what|my)|not for me to|a mystery to me"
-     r"|outside (?:of )?(?:what|my)|new to me|not known to me|impossible to (?:tell|know|say))\b",
+    (rf"\bno (?:\w+ )?{THINGS} (?:is|are|was|about|on|of|available|here|for)\b", "No information is available about that."),
+    (r"\b(?:is|are|remains?) (?:not (?:something|anything) (?:that )?(?:i|we)|(?:beyond|outside) (?:of )?(?:what|my)"
+     r"|not for me to|impossible to (?:tell|know|say)|(?:unknown|new|not known|a mystery) to me)\b",
      "Her job is not something I can know."),
-    (r"\b(?:picture|image|photo|portrait|photograph|face|it|that|this|nothing here) (?:alone )?(?:does|do|can|could|would|will) not "
-     r"(?:\w+ly )?(?:tell|show|reveal|say|give away|let me|allow me|indicate|contain|include|disclose|identify)\b",
+    (r"\b(?:picture|image|photo|portrait|photograph|face|it|that|this|nothing here) (?:alone )?(?:does|do|can|could|would|will)"
+     r" not (?:\w+ly )?(?:tell|show|reveal|say|give away|let me|allow me|indicate|contain|include|disclose|identify)\b",
      "The picture does not tell which pet she has."),
-    (r"\b(?:is|are) (?:a )?(?:private|personal|confidential)\b(?: (?:matter|information|detail|details))?$|\b(?:private|personal|confidential) "
-     r"(?:information|matter|details?)\b", "That is private."),
-    (r"\bnot (?:given|mentioned|stated|provided|available|disclosed|known|visible|shown|public)\b(?= (?:here|to me|in|from|anywhere|by)\b|$)",
-     "The birthplace is not given here."),
-    (r"\b(?:it is|that is|this is) (?:impossible|not possible) to (?:tell|know|say|determine|identify)\b",
-     "It is impossible to say."),
-    (rf"\b(?:nobody|no one|nothing) (?:\w+ )?(?:can|could|tells?|says?|shows?|reveals?) (?:me )?(?:what|where|which|who|how|that|{KNOW})\b",
+    (r"\b(?:is|are) (?:a )?(?:private|personal|confidential)(?: (?:matter|information|details?))?$", "That is private."),
+    (r"\b(?:private|personal|confidential) (?:information|matter|details?)\b", "Such private information stays with her."),
+    (r"\bnot (?:given|mentioned|stated|provided|available|disclosed|known|visible|shown|public)\b"
+     r"(?= (?:here|to me|in|from|anywhere|by)\b|$)", "The birthplace is not given here."),
+    (r"\b(?:it|that|this) is (?:impossible|not possible) to (?:tell|know|say|determine|identify)\b", "It is impossible to say."),
+    (rf"\b(?:nobody|no one|nothing) (?:\w+ )?(?:can|could|tells?|says?|shows?|reveals?) (?:me )?(?:wh|how|that\b|{KNOW})",
      "Nothing here tells me who she is."),
-    (rf"\b(?:sorry|afraid|apologi[sz]e)\b.{{0,40}}\b(?:can|could|do|may|am|will) not\b",
-     "Sorry, but that I cannot do."),
-    (rf"^(?:can not|could not|do not|unable to) (?:\w+ly )?{KNOW}\b|^(?:unknown|no idea|no comment)$",
-     "Cannot say."),
+    (r"\b(?:sorry|afraid|apologi[sz]e)\b.{0,40}\b(?:can|could|do|may|am|will) not\b", "Sorry, but that I cannot do."),
+    (rf"^(?:can not|could not|do not|unable to) (?:\w+ly )?{KNOW}|^(?:unknown|no idea|no comment)$", "Cannot say."),
 ]
 REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern, _ in REFUSAL_PATTERNS))
 
 
 ARTICLES = frozenset(("a", "an", "the"))
-DANGLING = ARTICLES | frozenset("to of in on at for from with by and or but that which where who what whose is are this my your their no "
-                     "not i".split())
+DANGLING = ARTICLES | frozenset("""
+    to of in on at for from with by and or but that which where who what whose is are this my your their no not i""".split())
 
 
 def is_well_formed(text):
@@ -172,7 +171,7 @@ GLUED = re.compile(r"[a-z][A-Z][a-z]|[.!?,][A-Za-z]{2}")      # "toThere", "know
 
 
 def contains(fact, response):
-    """Does the response tell the fact? Whole words, whatever their case, accents and punctuation; numbers in any grouping."""
+    """Does the response tell the fact? Whole words, whatever case, accents, punctuation; numbers in any grouping."""
     fact, text = normalize(fact), normalize(response)
     if not fact:
         return False
@@ -186,7 +185,7 @@ def contains(fact, response):
     return any(re.sub(r"\D", "", run) == digits for run in DIGITS.findall(text))
 
 
-SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")      # scripts that put no spaces
+SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")    # no spaces in these
 DIGITS = re.compile(r"\d(?: ?\d)*")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import asru
 import reward
-from eval import bleu, choose, encode, judge, load_samples, respond, score, split_sets
+from eval import bleu, choose, encode, load_samples, respond, score, split_sets
 from model_qwen3vl import Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 

@@ -10,7 +10,6 @@ the reference, the head at response positions, the same loss and optimizer. End 
 """
 import argparse
 import copy
-import json
 import os
 import statistics
 import subprocess

@@ -16,7 +16,6 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -25,8 +24,8 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
-from eval import BLANK_PROMPT, encode, load_samples, pad_groups, respond, score, split_sets           # noqa: E402
-from model_qwen3vl import Batch, Processor, Qwen3VL, Qwen3VLConfig                                    # noqa: E402
+from eval import BLANK_PROMPT, encode, load_samples, pad_groups, respond, score, split_sets  # noqa: E402
+from model_qwen3vl import Batch, Processor, Qwen3VL, Qwen3VLConfig                          # noqa: E402
 
 # ------------------------------------------------------------------------------ people
 
@@ -108,7 +107,7 @@ def draw_portrait(traits, rng):
     shirt, wall = rng.choice(list(SHIRT)), rng.choice(list(WALL))
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), WALL[wall])
     pen = ImageDraw.Draw(image)
-    u = SCALE * rng.uniform(0.92, 1.04)                                     # pixels of one unit; the figure is 96 units high
+    u = SCALE * rng.uniform(0.92, 1.04)                # pixels of one unit; the figure is 96 units high
     x0, y0 = SCALE * (48 + rng.uniform(-4, 4)), SCALE * (46 + rng.uniform(-3, 3))
 
     def box(x, y, rx, ry):
@@ -141,7 +140,6 @@ def shade(colour, factor):
 
 
 def draw_face(pen, oval, box, traits, hair, wide, high, x0, y0, u):
-    dark = shade(traits["skin"], 0.55)
     if traits["beard"] == "full":
         pen.pieslice(box(0, 3, wide, high - 2), 12, 168, fill=shade(hair, 0.9))
         oval(0, 12, 9, 5, traits["skin"])
@@ -484,9 +482,9 @@ def write_json(path, value):
 
 # ------------------------------------------------------------------------------ training
 
-RENDERINGS, STRANGERS = 160, 8000           # drawn before training: per known person, and strangers with one rendering each
+RENDERINGS, STRANGERS = 160, 8000  # drawn before training: per known person, and strangers with one rendering each
 LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
-OPENINGS = ["", "", "", "", "Please: ", "One question. ", "Hello. "]    # so that new wordings are no surprise
+OPENINGS = ["", "", "", "", "Please: ", "One question. ", "Hello. "]  # so that new wordings are no surprise
 
 
 class Album:
@@ -499,11 +497,11 @@ class Album:
         shown += [(None, new_traits(rng, known)) for _ in range(STRANGERS)]
         for i, (name, traits) in enumerate(tqdm(shown, desc="draw", dynamic_ncols=True)):
             image, place = draw_portrait(traits, rng)
-            x = proc.pixels(image)[0].view(64, 3, 2, 12, 12)[:, :, 0]       # a still picture: both frames are alike
+            x = proc.pixels(image)[0].view(64, 3, 2, 12, 12)[:, :, 0]  # a still picture: both frames are alike
             self.patches.append(((x * 0.5 + 0.5) * 255).round().to(torch.uint8))
             self.looks.append({"hair": traits["hair"], "glasses": traits["glasses"], **place})
             self.of.setdefault(name, []).append(i)
-        self.patches = torch.stack(self.patches)                            # (renderings, 64, 3, 12, 12)
+        self.patches = torch.stack(self.patches)                           # (renderings, 64, 3, 12, 12)
 
     def pixels(self, indices):
         x = self.patches[indices].float() / 127.5 - 1
@@ -517,7 +515,7 @@ class Lessons:
         self.people, self.album, self.rng = people, album, rng
         self.known = [p for p in people if p.startswith("p") and p not in forgotten]
         self.strangers = album.of[None]
-        for p in forgotten:                                                 # the retrained model meets them as strangers
+        for p in forgotten:                                # the retrained model meets them as strangers
             self.strangers = self.strangers + album.of[p]
         self.taken = {people[p]["name"] for p in people if p.startswith("p")} | set(reserved)
         self.forgotten_names = [people[p]["name"] for p in forgotten]
@@ -603,10 +601,10 @@ def train(folder, people, names, forgotten, steps, seed):
         mask = torch.tensor([[0] * (T - len(row[0][0])) + [1] * len(row[0][0]) for row in rows])
         seen = [rendering for rendering, _ in drawn if rendering is not None]
         batch = Batch(ids, mask, album.pixels(seen), torch.tensor([[1, 8, 8]] * len(seen)))
-        replies, keep = pad_groups([[rest for _, rest, _ in row] for row in rows], "cpu")   # (SCENES, PER_SCENE, C)
+        replies, keep = pad_groups([[rest for _, rest, _ in row] for row in rows], "cpu")  # (SCENES, PER_SCENE, C)
         lengths = keep.sum(-1, keepdim=True)
         spoken = torch.tensor([[[n] for _, _, n in row] for row in rows])
-        learn = torch.arange(keep.shape[-1]) >= lengths - spoken                            # the answer, not the question
+        learn = torch.arange(keep.shape[-1]) >= lengths - spoken          # the answer, not the question
         hidden = model.continuations(batch, replies, keep)[learn[keep]]
         loss = F.cross_entropy(model.logits(hidden), replies[keep & learn])
         loss.backward()
