@@ -11,7 +11,8 @@
     D residual width    F MLP inner width    H query heads    K key/value heads    d head width
     N patches of a picture    M = N / merge**2 image tokens    E vision width    p patch size
 
-One forward serves training, prefill, decoding and evaluation. Left out: videos, mixture-of-experts checkpoints, beam search, dropout.
+One forward serves training, prefill, decoding and evaluation. Left out: videos, mixture of experts, beam search,
+dropout.
 """
 import json
 import math
@@ -149,19 +150,24 @@ def _build(cls, values, where):
 class Batch:
     """Rows of tokens, left-padded, with their pictures.
 
-    A row may hold several continuations of one prompt side by side: `segments` is -1 for padding, 0 for the prompt and
-    1..G for its continuations; a token sees the prompt and its own continuation. That is how G responses share a prefix.
+    A row may hold several continuations of one prompt side by side: `segments` is -1 for padding, 0 for the
+    prompt and 1..G for its continuations; a token sees the prompt and its own continuation. That is how G
+    responses share a prefix.
     """
     input_ids: torch.Tensor                    # (B, T)
     attention_mask: torch.Tensor = None        # (B, T) 1 for real tokens; None: all real
-    pixel_values: torch.Tensor = None  # (sum of N, 3 * temporal * p * p), patches of all pictures in row order
+    pixel_values: torch.Tensor = None          # (sum of N, 3 * temporal * p * p) patches, in row order
     image_grid_thw: torch.Tensor = None        # (pictures, 3) patches per picture: 1, rows, columns
     image_features: list = None       # per picture (1 + DeepStack, M, D): what encode_images made of it
     position_ids: torch.Tensor = None    # (3, B, T) time, height, width; None: computed from the tokens
     segments: torch.Tensor = None              # (B, T); None: prompts alone
 
     def to(self, device):
-        move = lambda v: v.to(device) if torch.is_tensor(v) else [t.to(device) for t in v] if v is not None else None
+        def move(value):
+            if isinstance(value, list):
+                return [v.to(device) for v in value]
+            return value if value is None else value.to(device)
+
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
@@ -200,9 +206,9 @@ class Qwen3VL(nn.Module):
     def forward(self, batch, hook=no_hook, cache=None):
         """Tokens and pictures -> hidden states after the last norm, (B, T, D).
 
-        hook(value, site, layer) -> value is called at two sites of every decoder layer and what it returns goes on:
-        "mlp_inner" (B, T, F), which down_proj multiplies, and "resid" (B, T, D), the residual stream as the next layer
-        reads it. cache: a Cache to read earlier tokens from and append these to.
+        hook(value, site, layer) -> value is called at two sites of every decoder layer, and what it returns goes
+        on: "mlp_inner" (B, T, F), which down_proj multiplies, and "resid" (B, T, D), the residual stream as the
+        next layer reads it. cache: a Cache to read earlier tokens from and append these to.
         Raises ValueError where image tokens and pictures do not match.
         """
         ids = batch.input_ids                                               # (B, T)
@@ -218,7 +224,7 @@ class Qwen3VL(nn.Module):
         if features is not None:
             slots = (ids == self.cfg.image_token_id).nonzero(as_tuple=True)
             if len(slots[0]) != features.shape[1]:
-                raise ValueError(f"the text has {len(slots[0])} image tokens but the pictures give {features.shape[1]}")
+                raise ValueError(f"the text has {len(slots[0])} image tokens, the pictures give {features.shape[1]}")
             x = x.index_put(slots, features[0].to(x.dtype))
         return self.text(x, positions, segments, slots, features, cache, hook)
 
@@ -231,7 +237,7 @@ class Qwen3VL(nn.Module):
         return torch.cat(self.encode_images(batch.pixel_values, batch.image_grid_thw), dim=1)
 
     def encode_images(self, pixel_values, image_grid_thw):
-        """Pictures -> per picture (1 + DeepStack, M, D): the merged embedding and what DeepStack adds to early layers.
+        """Pictures -> per picture (1 + DeepStack, M, D): its embedding and what DeepStack adds to early layers.
 
         Worth keeping while the vision tower is frozen: put the list into Batch.image_features.
         """
@@ -242,11 +248,11 @@ class Qwen3VL(nn.Module):
         return self.lm_head(hidden)
 
     def continuations(self, batch, tokens, keep):
-        """Hidden states that predict the kept tokens of G continuations per prompt: (kept tokens, D), in keep's order.
+        """Hidden states that predict the kept tokens of G continuations per prompt: (kept, D), in keep's order.
 
-        tokens: (B, G, C) continuations of each row of the batch; keep: (B, G, C) bool, true from the first token up to
-        some last one. A prompt is computed once: its continuations lie beside each other behind it (see Batch), so that
-        the work of a group is P + G * C tokens and not G * (P + C).
+        tokens: (B, G, C) continuations of each row of the batch; keep: (B, G, C) bool, true from the first token
+        up to some last one. A prompt is computed once: its continuations lie beside each other behind it (see
+        Batch), so that the work of a group is P + G * C tokens and not G * (P + C).
         """
         B, G, C = tokens.shape
         P, device = batch.input_ids.shape[1], tokens.device
@@ -292,7 +298,7 @@ class Qwen3VL(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None):
-        """Continue every row of the batch: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
+        """Continue every row: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
 
         Samples of row b are rows b * num_samples onwards. temperature 0 is greedy; else tokens are drawn from
         `distribution(temperature, top_p)` with the given torch.Generator. Vision tokens are never produced.
@@ -324,7 +330,8 @@ class Qwen3VL(nn.Module):
             going = (~done.all(1)).nonzero()[:, 0]
             if len(going) <= 0.75 * len(rows):
                 cache.keep(going)
-                rows, token, done, segments, position = rows[going], token[going], done[going], segments[going], position[:, going]
+                rows, token, done, segments = rows[going], token[going], done[going], segments[going]
+                position = position[:, going]
             hidden = self(Batch(token, position_ids=position + n, segments=segments), cache=cache)  # (B, G, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
@@ -483,7 +490,7 @@ class RMSNorm(nn.Module):
 
 
 def visible(segments, cache):
-    """Which slot each token attends to, (B, 1, T, S) bool: the prompt's and its own continuation's, up to itself."""
+    """Which slot each token sees, (B, 1, T, S) bool: the prompt's and its own continuation's, up to itself."""
     T = segments.shape[1]
     past = 0
     seen = segments
@@ -520,7 +527,7 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
             first += [max(h, w)] + [0] * (t * h * w - 1)      # the first token moves on for the picture
             back += [max(h, w)] * (t * h * w)
         if len(back) != int(is_image.sum()):
-            raise ValueError(f"the text has {int(is_image.sum())} image tokens but the pictures give {len(back)}")
+            raise ValueError(f"the text has {int(is_image.sum())} image tokens, the pictures give {len(back)}")
         step[is_image] = torch.tensor(first, device=ids.device)
         offset[:, is_image] = torch.cat(places, dim=1).to(ids.device) - torch.tensor(back, device=ids.device)
     offset[:, ~is_image] -= 1
@@ -528,7 +535,7 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
 
 
 def mrope_cos_sin(positions, cfg, dtype):
-    """Angles for `rotate`. Frequencies take their axis in turn: t h w t h w ..., then t alone where h and w run out."""
+    """Angles for `rotate`, (B, 1, T, d / 2). Frequencies take their axis in turn: t h w t h w ..., at last t alone."""
     d = cfg.head_dim
     inv_freq = cfg.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)  # (d / 2,)
     angle = positions[..., None].float() * inv_freq            # (3, B, T, d / 2) fp32: angles are large
@@ -579,7 +586,7 @@ class VisionModel(nn.Module):
         return list(features.split([n // self.cfg.spatial_merge_size**2 for n in sizes], dim=1))
 
     def position_table(self, t, h, w):
-        """Learned square grid of positions, resampled to h x w (bilinear, corners aligned), in merge order: (N, E)."""
+        """Learned square of positions, resampled to h x w (bilinear, corners aligned), in merge order: (N, E)."""
         side = math.isqrt(self.cfg.num_position_embeddings)
         square = self.pos_embed.weight.T.float().view(1, -1, side, side)
         grid = F.interpolate(square, size=(h, w), mode="bilinear", align_corners=True)[0]    # (E, h, w)
@@ -642,9 +649,8 @@ class VisionAttention(nn.Module):
             q, k, v = (z.view(len(sizes), sizes[0], *z.shape[1:]).transpose(1, 2) for z in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)      # (pictures, N, heads, d)
         else:
-            parts = zip(*(z.split(sizes) for z in (q, k, v)))
-            out = torch.cat([F.scaled_dot_product_attention(*(z.transpose(0, 1)[None] for z in part))[0].transpose(0, 1)
-                             for part in parts])                                    # (sum N, heads, d)
+            parts = zip(*(z.transpose(0, 1).split(sizes, dim=1) for z in (q, k, v)))        # (heads, N, d)
+            out = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 1).transpose(0, 1)
         return self.proj(out.reshape(x.shape))
 
 
@@ -677,7 +683,7 @@ class PatchMerger(nn.Module):
 
 
 class Cache:
-    """Keys and values of earlier tokens, in buffers of fixed size. Samples of one prompt share its row and its prefix."""
+    """Keys and values of earlier tokens, in fixed buffers. Samples of one prompt share its row and its prefix."""
 
     def __init__(self, cfg, rows, slots, dtype, device):
         shape = (cfg.num_hidden_layers, rows, cfg.num_key_value_heads, slots, cfg.head_dim)
@@ -731,7 +737,8 @@ class Processor:
         rows = []
         for chat, row in zip(conversations, grids):
             chat, typed = self._set_aside_typed_tokens(chat)
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False,
+                                                      add_generation_prompt=add_generation_prompt)
             head, *rest = text.split(IMAGE_PAD)
             if len(rest) != len(row):
                 raise ValueError(f"the chat has {len(row)} pictures but its text has {len(rest)} {IMAGE_PAD}")
@@ -763,16 +770,18 @@ class Processor:
             typed.append(text)
             return f"{MARK}{len(typed) - 1}{MARK}"
 
-        def item(part):
-            return {**part, "text": clean(part["text"])} if part.get("type") == "text" else part
+        def content(value):
+            if isinstance(value, str):
+                return clean(value)
+            return [{**part, "text": clean(part["text"])} if part.get("type") == "text" else part for part in value]
 
-        return [{**m, "content": clean(m["content"]) if isinstance(m["content"], str) else [item(p) for p in m["content"]]}
-                for m in chat], typed
+        return [{**message, "content": content(message["content"])} for message in chat], typed
 
     def pixels(self, image):
         """One picture -> patches (N, 3 * temporal * p * p) in merge order, and its grid (1, h, w)."""
         image = open_image(image)
-        height, width = smart_resize(image.height, image.width, self.patch * self.merge, self.min_pixels, self.max_pixels)
+        factor = self.patch * self.merge
+        height, width = smart_resize(image.height, image.width, factor, self.min_pixels, self.max_pixels)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         x = (np.asarray(image, np.float32) / 255 - self.mean) / self.std            # (height, width, 3)
         h, w, m, p = height // self.patch, width // self.patch, self.merge, self.patch
@@ -842,7 +851,7 @@ def open_image(image):
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """Size nearest to the picture's with both sides multiples of `factor` and the area within the limits, in pixels."""
+    """The nearest size whose sides are multiples of `factor` and whose area is within the limits, in pixels."""
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"a picture of {width} x {height} is too long; one side may be 200 times the other at most")
     h, w = round(height / factor) * factor, round(width / factor) * factor
