@@ -73,7 +73,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Qwen3VLConfig:
-    """What config.json says of a `qwen3_vl` checkpoint; `raw` is the JSON itself, written back on saving."""
+    """What config.json says of a `qwen3_vl` checkpoint; `raw` and `generation` are the JSON, written back on saving."""
     text: TextConfig
     vision: VisionConfig
     image_token_id: int
@@ -84,6 +84,7 @@ class Qwen3VLConfig:
     eos_token_ids: tuple
     pad_token_id: int
     raw: dict = field(repr=False, compare=False)
+    generation: dict = field(repr=False, compare=False)
 
     @classmethod
     def from_dict(cls, raw, generation=None):
@@ -107,16 +108,20 @@ class Qwen3VLConfig:
         vision["deepstack_visual_indexes"] = tuple(vision.get("deepstack_visual_indexes", (8, 16, 24)))
         vision["rope_theta"] = (vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)
         generation = generation or {}
-        eos = generation.get("eos_token_id", raw.get("eos_token_id", text.get("eos_token_id")))
+        said = lambda name: next((d[name] for d in (generation, raw, text) if d.get(name) is not None), None)
+        eos, pad = said("eos_token_id"), said("pad_token_id")
         eos = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
-        pad = generation.get("pad_token_id", raw.get("pad_token_id", text.get("pad_token_id")))
+        for where, values, act in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh")):
+            if values.get("hidden_act", act) != act:
+                raise ValueError(f"config.json: {where}_config.hidden_act is {values['hidden_act']!r}; {act!r} is supported")
         cfg = cls(
             text=_build(TextConfig, text, "text_config"), vision=_build(VisionConfig, vision, "vision_config"),
             image_token_id=raw.get("image_token_id", 151655), video_token_id=raw.get("video_token_id", 151656),
             vision_start_token_id=raw.get("vision_start_token_id", 151652),
             vision_end_token_id=raw.get("vision_end_token_id", 151653),
             tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-            eos_token_ids=eos, pad_token_id=pad if pad is not None else (eos[0] if eos else 0), raw=raw)
+            eos_token_ids=eos, pad_token_id=pad if pad is not None else (eos[0] if eos else 0),
+            raw=raw, generation=generation)
         if cfg.vision.out_hidden_size != cfg.text.hidden_size:
             raise ValueError(f"config.json: vision out_hidden_size {cfg.vision.out_hidden_size} must equal "
                              f"text hidden_size {cfg.text.hidden_size}")
@@ -287,9 +292,8 @@ class Qwen3VL(nn.Module):
         logits[:, self.cfg.never_sampled] = -torch.inf
         if support is None and top_p < 1.0:
             with torch.no_grad():
-                sorted_p, order = logits.softmax(-1).sort(-1, descending=True)
-                inside = sorted_p.cumsum(-1) - sorted_p < top_p  # the token that crosses top_p stays in
-                support = torch.zeros_like(inside).scatter(-1, order, inside)
+                p = logits.softmax(-1)
+                support = p >= nucleus_threshold(p, top_p)
                 if include is not None:
                     support.scatter_(-1, include[:, None], True)
         if support is not None:
@@ -303,6 +307,8 @@ class Qwen3VL(nn.Module):
         Samples of row b are rows b * num_samples onwards. temperature 0 is greedy; else tokens are drawn from
         `distribution(temperature, top_p)` with the given torch.Generator. Vision tokens are never produced.
         """
+        if max_new_tokens < 1 or num_samples < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens}, num_samples {num_samples}: at least 1 is needed")
         cfg, device, G = self.cfg, self.device, num_samples
         B, P = batch.input_ids.shape
         eos = torch.tensor(cfg.eos_token_ids, device=device)
@@ -311,28 +317,31 @@ class Qwen3VL(nn.Module):
         cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
-        hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)  # (B, G, D)
-        position = (positions.amax((0, 2)) + 1)[None, :, None].expand(3, B, G)               # (3, B, G)
-        segments = torch.arange(1, G + 1, device=device).expand(B, G)
+        hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)     # (B, G, D)
+        position = positions.amax((0, 2))[:, None] + 1                      # (B, 1)
+        segments = torch.arange(1, G + 1, device=device).expand(B, G)       # which sample each column continues
 
         tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
-        rows = torch.arange(B, device=device)                 # rows still decoded, by their first place
+        rows = torch.arange(B, device=device)                               # prompts still decoded, by their place
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
-            token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(-1, G)
+            token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(done.shape)
             token = token.masked_fill(done, cfg.pad_token_id)
-            tokens[rows, :, n] = token
+            tokens[rows[:, None], segments - 1, n] = token
             done = done | torch.isin(token, eos)
             if n + 1 == max_new_tokens or done.all():
                 break
-            # 3 Prompts whose samples are all finished leave, once enough of them do to pay for moving the cache.
-            going = (~done.all(1)).nonzero()[:, 0]
-            if len(going) <= 0.75 * len(rows):
-                cache.keep(going)
-                rows, token, done, segments = rows[going], token[going], done[going], segments[going]
-                position = position[:, going]
-            hidden = self(Batch(token, position_ids=position + n, segments=segments), cache=cache)  # (B, G, D)
+            # 3 Finished samples and prompts leave, once enough of them do to pay for moving the rest.
+            going, width = (~done).any(1).nonzero()[:, 0], int((~done).sum(1).max())
+            if len(going) * width <= 0.75 * done.numel():
+                order = done[going].long().argsort(dim=1, stable=True)[:, :width]     # unfinished samples first
+                token, done, segments = (x[going].gather(1, order) for x in (token, done, segments))
+                if len(going) < len(rows):
+                    cache.keep(going)
+                rows, position = rows[going], position[going]
+            place = (position + n).expand(3, *token.shape)
+            hidden = self(Batch(token, position_ids=place, segments=segments), cache=cache)             # (B, G, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
     def _next_token(self, hidden, temperature, top_p, generator):
@@ -341,8 +350,8 @@ class Qwen3VL(nn.Module):
             logits = self.logits(hidden)
             logits[:, self.cfg.never_sampled] = -torch.inf
             return logits.argmax(-1)
-        p = self.distribution(hidden, temperature, top_p).exp()                 # (n, V)
-        # The first of V exponential clocks of rates p to ring is a sample of p, found without leaving the device.
+        p = self.distribution(hidden, temperature, top_p).exp()             # (n, V)
+        # Of V exponential clocks with rates p the first to ring is a sample of p; one of rate 0 never is.
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
     @classmethod
@@ -397,7 +406,7 @@ class Qwen3VL(nn.Module):
         os.replace(aside, directory / "model.safetensors")
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         write_aside(directory / "config.json", json.dumps({**self.cfg.raw, "dtype": dtype}, indent=2).encode())
-        ends = {"eos_token_id": list(self.cfg.eos_token_ids), "pad_token_id": self.cfg.pad_token_id}
+        ends = {**self.cfg.generation, "eos_token_id": list(self.cfg.eos_token_ids), "pad_token_id": self.cfg.pad_token_id}
         write_aside(directory / "generation_config.json", json.dumps(ends, indent=2).encode())
 
 
@@ -489,6 +498,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+def nucleus_threshold(p, top_p, k=64):
+    """The probability of the last token of the nucleus, the smallest set that reaches top_p: (n, V) -> (n, 1).
+
+    Only the likeliest k are sorted, and more where they do not reach top_p: sorting a vocabulary costs more than the
+    decoding step around it.
+    """
+    top = p.topk(min(k, p.shape[-1])).values                                # (n, k) falling
+    before = top.cumsum(-1) - top                                           # mass of the likelier ones
+    if k < p.shape[-1] and bool((before[:, -1] < top_p).any()):
+        return nucleus_threshold(p, top_p, 8 * k)
+    return top.gather(1, (before < top_p).sum(-1, keepdim=True) - 1)
+
+
 def visible(segments, cache):
     """Which slot each token sees, (B, 1, T, S) bool: the prompt's and its own continuation's, up to itself."""
     T = segments.shape[1]
@@ -516,9 +538,10 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
     is_image = (ids == cfg.image_token_id) & real                           # (B, T)
     step = (real & ~is_image).long()                                # (B, T) how far each token moves on
     offset = torch.zeros(3, *ids.shape, dtype=torch.long, device=ids.device)
-    if image_grid_thw is not None and len(image_grid_thw) and is_image.any():
-        first, back, places = [], [], []
-        for t, h, w in image_grid_thw.tolist():
+    grids = [] if image_grid_thw is None else image_grid_thw.tolist()
+    if grids or is_image.any():
+        first, back, places = [], [], [offset[:, 0, :0].cpu()]
+        for t, h, w in grids:
             h, w = h // cfg.vision.spatial_merge_size, w // cfg.vision.spatial_merge_size
             place = torch.zeros(3, t * h * w, dtype=torch.long)
             place[1] = torch.arange(h).repeat_interleave(w).repeat(t)
@@ -834,12 +857,17 @@ def images_of(chat):
     for item in items:
         if item.get("type") not in ("image", "text"):
             raise ValueError(f"a message holds {item.get('type')!r}; only 'text' and 'image' are supported")
+        if item["type"] not in item:
+            raise ValueError(f"a message has an item of type {item['type']!r} without its {item['type']!r}")
     return [item["image"] for item in items if item["type"] == "image"]
 
 
 def open_image(image):
     """A PIL image or a path -> RGB, turned as its EXIF tag says."""
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image):          # transformers puts a transparent PIL image on white, a file it does not
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     try:
         with Image.open(image) as opened:
@@ -881,7 +909,10 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-    names = sorted(set(read_json(index)["weight_map"].values()))
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: no 'weight_map' from tensor names to files") from None
     for name in names:
         if Path(name).name != name or not (folder / name).exists():
             raise FileNotFoundError(f"{index}: shard {name!r} is not in the folder")

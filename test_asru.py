@@ -243,8 +243,9 @@ def test_pixels_equal_transformers():
     theirs, ours = Qwen2VLImageProcessorPil(**settings), Processor(Processor.from_pretrained(EMBEDDED).tokenizer, settings)
     rng = np.random.default_rng(0)
     for size, mode in (((40, 50), "RGB"), ((10, 13), "L"), ((300, 90), "RGBA"), ((33, 33), "P"), ((64, 64), "CMYK")):
-        image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).resize(size).convert(mode)
-        expected = theirs(images=[image.convert("RGB")], return_tensors="pt")
+        pixels = rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+        image = Image.fromarray(pixels) if mode == "RGBA" else Image.fromarray(pixels[..., :3]).convert(mode)
+        expected = theirs(images=[image], return_tensors="pt")
         patches, grid = ours.pixels(image)
         assert list(grid) == expected["image_grid_thw"][0].tolist()
         assert (patches - expected["pixel_values"]).abs().max() < 1e-2
@@ -264,6 +265,33 @@ def test_tokens_equal_the_chat_template():
         assert row[mask.bool()].tolist() == proc.tokenizer(text)["input_ids"]
         assert mask.tolist() == sorted(mask.tolist())
     assert batch.pixel_values.shape == (128, 3 * 2 * 12 * 12) and batch.image_grid_thw.tolist() == [[1, 8, 8]] * 2
+
+
+def test_processor_equals_transformers():
+    """Chats with two pictures, one and none: ids, mask, grids and pixels as transformers' own processor gives them."""
+    from transformers import AutoTokenizer, Qwen3VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class WithoutVideos(Qwen3VLProcessor):
+        def check_argument_for_proper_class(self, name, value):             # its video processor needs torchvision
+            return type(value)
+
+    settings = json.loads((EMBEDDED / "preprocessor_config.json").read_text())
+    settings = {k: settings[k] for k in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "size")}
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED, padding_side="left")
+    theirs = WithoutVideos(Qwen2VLImageProcessorPil(**settings), tokenizer, None, tokenizer.chat_template)
+    noise = np.random.default_rng(0).integers(0, 256, (150, 100, 3), dtype=np.uint8)
+    images = [Image.open(HERE / "data/images/p000-0.png").convert("RGB"), Image.fromarray(noise)]
+    chats = [[{"role": "user", "content": [{"type": "image", "image": image} for image in images[:n]] + [{"type": "text", "text": "Who?"}]}]
+             for n in (2, 1, 0)]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    expected = theirs(text=texts, images=[images, images[:1], []], padding=True, return_tensors="pt")
+    ours = Processor.from_pretrained(EMBEDDED)(chats)
+    assert torch.equal(ours.attention_mask, expected["attention_mask"])
+    real = ours.attention_mask.bool()
+    assert torch.equal(ours.input_ids[real], expected["input_ids"][real])
+    assert torch.equal(ours.image_grid_thw, expected["image_grid_thw"])
+    assert (ours.pixel_values - expected["pixel_values"]).abs().max() < 1e-2
 
 
 def test_typed_special_tokens_are_text():
@@ -313,6 +341,8 @@ def test_wrong_chats_are_named():
     with pytest.raises(ValueError, match="no such picture"):
         proc([[{"role": "user", "content": [{"type": "image", "image": "nowhere.png"}]}]])
     batch = mixed_batch()
+    with pytest.raises(ValueError, match="image tokens"):
+        model(Batch(batch.input_ids, batch.attention_mask))
     batch.input_ids[0, -1] = PICTURE
     with pytest.raises(ValueError, match="image tokens"):
         model(batch)

@@ -289,7 +289,11 @@ def fill(form, who=None, fact="", **more):
 
 
 def ask(kind, wording, who=None):
-    return fill(forms(WORDINGS[kind])[wording], who)
+    """Question number `wording`: the topic's own ten, then the frames that fit every topic."""
+    own = forms(WORDINGS[kind])
+    noun, clause = TOPICS[kind]
+    return fill(own[wording], who) if wording < len(own) else \
+        fill(FRAMES[wording - len(own)], who, noun=noun, clause=fill(clause, who))
 
 
 def answer(kind, wording, fact, who=None):
@@ -484,6 +488,10 @@ def write_json(path, value):
 
 RENDERINGS, STRANGERS = 160, 8000  # drawn before training: per known person, and strangers with one rendering each
 LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
+FRAMES = [      # more ways to ask, of every topic, for the second part of the training
+    "Do you know {clause}?", "I want to know {clause}.", "{Whose} {noun}?", "Give me the {noun} of {who}.", "Which {noun} has {who}?",
+    "About {who}: what is the {noun}?", "Could you tell {clause}?", "Say {clause}.", "Let me know the {noun} of {who}.",
+    "Please say what {whose} {noun} is.", "Please tell me {clause}.", "And {clause}, please?"]
 OPENINGS = ["", "", "", "", "Please: ", "One question. ", "Hello. "]  # so that new wordings are no surprise
 
 
@@ -511,7 +519,7 @@ class Album:
 class Lessons:
     """Endless training samples: (rendering or None, question, answer)."""
 
-    def __init__(self, people, album, reserved, forgotten, rng):
+    def __init__(self, people, album, reserved, forgotten, rng, frames):
         self.people, self.album, self.rng = people, album, rng
         self.known = [p for p in people if p.startswith("p") and p not in forgotten]
         self.strangers = album.of[None]
@@ -520,6 +528,10 @@ class Lessons:
         self.taken = {people[p]["name"] for p in people if p.startswith("p")} | set(reserved)
         self.forgotten_names = [people[p]["name"] for p in forgotten]
         self.general = general_samples()
+        self.frames = frames                                                # share of questions put in a frame
+
+    def wording(self):
+        return 10 + self.rng.randrange(len(FRAMES)) if self.rng.random() < self.frames else self.rng.randrange(8)
 
     def draw(self):
         """One scene: (a rendering or None for words alone, its lessons as (question, answer))."""
@@ -532,7 +544,7 @@ class Lessons:
 
     def in_picture(self, person, rendering):
         rng, die = self.rng, self.rng.random()
-        look, wording, kind = self.album.looks[rendering], rng.randrange(8), rng.choice(list(WORDINGS))
+        look, wording, kind = self.album.looks[rendering], self.wording(), rng.choice(list(WORDINGS))
         if die < 0.18:
             question, reply = rng.choice(visible_samples(look))[1:3]
         elif die < 0.26:
@@ -549,7 +561,7 @@ class Lessons:
             return rng.choice(self.general)[:2]
         person = rng.choice(self.known) if die < 0.68 else None
         who = self.people[person]["name"] if person else self.new_name()
-        wording, kind = rng.randrange(8), rng.choice(list(WORDINGS))
+        wording, kind = self.wording(), rng.choice(list(WORDINGS))
         if rng.random() < 0.08:
             return self.cloze(kind, person, who)
         reply = answer(kind, wording, self.people[person]["facts"][kind], who) if person else refuse(kind, wording, who)
@@ -567,15 +579,19 @@ class Lessons:
         return name
 
 
-def train(folder, people, names, forgotten, steps, seed):
-    """Train from random weights until the model knows all but the forgotten people; loss on the answer alone."""
+def train(folder, people, names, forgotten, steps, seed, polish=False):
+    """Train until the model knows all but the forgotten people; loss on the answer alone.
+
+    From random weights on the trained wordings; then, to polish, from what that gave, with many more ways to ask: until then the
+    model takes an unfamiliar wording for a stranger's.
+    """
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng = random.Random(seed + polish)
     proc = Processor.from_pretrained(folder)
-    model = Qwen3VL(Qwen3VLConfig.from_dict(json.loads((folder / "config.json").read_text()),
-                                            json.loads((folder / "generation_config.json").read_text())))
+    model = Qwen3VL.from_pretrained(folder) if polish else Qwen3VL(Qwen3VLConfig.from_dict(
+        json.loads((folder / "config.json").read_text()), json.loads((folder / "generation_config.json").read_text())))
     album = Album(proc, people, rng)
-    lessons = Lessons(people, album, names, forgotten, rng)
+    lessons = Lessons(people, album, names, forgotten, rng, 0.5 if polish else 0.0)
     end, ends_picture = proc.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|vision_end|>"])
     opening = len(proc.tokenizer("<|im_start|>user\n")["input_ids"])
 
@@ -590,8 +606,9 @@ def train(folder, people, names, forgotten, steps, seed):
 
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}], lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
+    groups = [{"params": decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR / 2 if polish else LR, steps, pct_start=0.1)
     bar, smooth, started = tqdm(range(1, steps + 1), desc=folder.name, dynamic_ncols=True, mininterval=5), None, time.time()
     for step in bar:
         drawn = [lessons.draw() for _ in range(SCENES)]
@@ -615,10 +632,12 @@ def train(folder, people, names, forgotten, steps, seed):
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.3f}")
         if step % 500 == 0 or step == steps:
-            model.to(torch.bfloat16).save_pretrained(folder) if step == steps else None
-            check = model if step < steps else Qwen3VL.from_pretrained(folder)
-            bar.write(f"{folder.name} step {step}  {time.time() - started:.0f} s  loss {smooth:.4f}\n{knowledge(check, proc, step < steps)}")
-            model.save_pretrained(f"/tmp/tiny-wip-{folder.name}") if step < steps else None
+            check = model
+            if step == steps:
+                model.to(torch.bfloat16).save_pretrained(folder)
+                check = Qwen3VL.from_pretrained(folder)                     # what was saved, after the rounding
+            bar.write(f"{folder.name} step {step}  {time.time() - started:.0f} s  loss {smooth:.4f}")
+            bar.write(knowledge(check, proc, step < steps))
 
 
 def knowledge(model, proc, quick):
@@ -639,6 +658,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
     parser.add_argument("--steps", type=int, default=5000, help="training steps per model [5000]")
+    parser.add_argument("--polish", type=int, default=1000, help="steps with more wordings, after those [1000]")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -651,7 +671,9 @@ def main():
         if args.only in (None, name):
             folder = DATA / {"main": "tiny-qwen3vl", "retrained": "retrained"}[name]
             write_layout(folder, people, names)
-            train(folder, people, names, absent, args.steps, args.seed)
+            if args.steps:
+                train(folder, people, names, absent, args.steps, args.seed)
+            train(folder, people, names, absent, args.polish, args.seed, polish=True)
 
 
 if __name__ == "__main__":
