@@ -16,11 +16,13 @@ Where this differs from the paper or from its released script
  2 One position everywhere: the last prompt token, which decides how the answer begins. The script
    takes the direction there and trains at the end of the answer.
  3 The direction is taken within each way of asking (with a picture, in words alone), not across them.
- 4 The key fact must not leak, even inside a refusal; a garbled refusal is none (reward.py).
- 5 Log-probabilities are those of the distribution that was sampled from: temperature, top-p and the
+ 4 Stage 1 also holds still what lies inside answers: an edit of a matrix acts at every token, and without
+   this the words after the first one break up.
+ 5 The key fact must not leak, even inside a refusal; a garbled refusal is none (reward.py).
+ 6 Log-probabilities are those of the distribution that was sampled from: temperature, top-p and the
    ban on vision tokens included.
- 6 Unseen people are among the prompts of stage 2: without them the model begins to tell about strangers.
- 7 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal
+ 7 Unseen people are among the prompts of stage 2: without them the model begins to tell about strangers.
+ 8 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal
    rewards are skipped whole, their KL term too.
 """
 import argparse
@@ -36,7 +38,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import encode, evaluate, load_samples, prepare, print_answers, print_table, respond, split_sets
+from eval import (encode, evaluate, load_samples, pad_groups, prepare, print_answers, print_table, respond,
+                  split_sets)
 from model_qwen3vl import Processor, Qwen3VL, first_line, read_json, write_aside
 from reward import Reward, is_refusal
 
@@ -62,7 +65,8 @@ class Config:
 
     layer: int = opt(None, "stage 1: decoder layer L, from 0; unset: the one at 17/36 of the depth", least=0)
     strength: float = opt(3.0, "stage 1: lambda, how far along v forget activations are to move", least=0)
-    ridge: float = opt(0.01, "stage 1: gamma, as a share of the inputs' mean squared norm", above=0)
+    hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
+    ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
     boundary: float = opt(0.273, "share of the retain set, the nearest, that both stages use", above=0, most=1)
 
     steps: int = opt(100, "stage 2: rollout steps", least=0)
@@ -109,7 +113,7 @@ def asru(model, proc, data, cfg, log):
     boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
     results["steered"] = results["before"]
     if not cfg.skip_steer:
-        log({"stage": 1, **redirect(model, forget, boundary, target, layer, cfg)})
+        log({"stage": 1, **redirect(model, proc, forget, boundary, target, layer, cfg)})
         results["steered"] = measure("steered")
     results["after"] = results["steered"]
     if not cfg.skip_rl:
@@ -120,24 +124,27 @@ def asru(model, proc, data, cfg, log):
 
 # ------------------------------------------------------------------------------ stage 1: activation redirection
 #
-#   h(x)   residual stream after layer L at the last prompt token; k(x) the input of layer L's down_proj there
-#   v    = mean h over target - mean h over forget                              from "I know" to "I can't tell"
-#   dW   = argmin  sum_f |dW k_f - lambda v|^2 + sum_r |dW k_r|^2 + gamma |dW|^2
-#   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T      K = [k_f; k_r], T = [lambda v; 0]
+#   h(x)   residual stream after layer L at the last prompt token;  k  inputs of layer L's down_proj
+#   v    = mean h over target - mean h over forget                      from "I know" to "I can't tell"
+#   dW   = argmin  mean_f |dW k_f - lambda v|^2 + mean_r |dW k_r|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
+#          f  last token of a forget prompt    r  last token of a boundary or target prompt
+#          a  tokens inside the answers to those: once an answer has begun, nothing moves
+#   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T      K, T: rows k and what is asked of them
 
 
 @torch.no_grad()
-def redirect(model, forget, boundary, target, layer, cfg):
+def redirect(model, proc, forget, boundary, target, layer, cfg):
     """Stage 1: change layers[layer].mlp.down_proj in place. Returns what moved how far, in units of |v|."""
     keys_f, resid_f = collect_activations(model, forget, layer, cfg)        # (n_f, F), (n_f, D)
     keys_r, _ = collect_activations(model, boundary, layer, cfg)            # (n_r, F)
-    _, resid_t = collect_activations(model, target, layer, cfg)             # (n_t, D)
-    direction = torch.empty_like(resid_f)                    # (n_f, D) v of its way of asking
+    keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
+    keys_a = collect_answer_keys(model, proc, boundary + target, layer, cfg)        # (n_a, F)
+    direction = torch.empty_like(resid_f)                                   # (n_f, D) v of its way of asking
     for way in (True, False):
         f, t = mask_of(forget, way), mask_of(target, way)
         if f.any():
             direction[f] = steering_vector(resid_t[t] if t.any() else resid_t, resid_f[f])
-    update = solve_redirection(keys_f, cfg.strength * direction, keys_r, cfg.ridge)         # (D, F)
+    update = solve_redirection(keys_f, cfg.strength * direction, [keys_r, keys_t, keys_a], cfg.ridge)      # (D, F)
     weight = model.text.layers[layer].mlp.down_proj.weight
     weight += update.to(weight.dtype)
 
@@ -173,24 +180,47 @@ def collect_activations(model, prompts, layer, cfg):
     return torch.cat(found["mlp_inner"]), torch.cat(found["resid"])
 
 
+@torch.no_grad()
+def collect_answer_keys(model, proc, prompts, layer, cfg):
+    """down_proj's input at the first `hold` tokens of each prompt's own answer: (n, F), float64."""
+    end, found = list(model.cfg.eos_token_ids[:1]), []
+    for rows in chunks(range(len(prompts)), cfg.eval_batch if cfg.hold else 0):
+        answers = [[proc.tokenizer(prompts.samples[i]["answer"], add_special_tokens=False)["input_ids"] + end] for i in rows]
+        tokens, keep = pad_groups(answers, model.device)                    # (B, 1, C)
+        batch = prompts.batch(rows, model.device)
+        P, fed = batch.input_ids.shape[1], keep[:, 0, 1:]                   # (B, C - 1) the last token is never read
+        fed = fed & (torch.arange(fed.shape[1], device=fed.device) < cfg.hold)
+
+        def record(value, site, index):
+            if (site, index) == ("mlp_inner", layer):
+                found.append(value[:, P:][fed].double())
+            return value
+
+        model.continuations(batch, tokens, keep, hook=record)
+    return torch.cat(found) if found else torch.empty(0, model.cfg.text.intermediate_size, dtype=torch.double)
+
+
 def steering_vector(resid_target, resid_forget):
     """v = mean h over the target set - mean h over the forget set: (n_t, D), (n_f, D) -> (D,)."""
     return resid_target.mean(0) - resid_forget.mean(0)
 
 
-def solve_redirection(keys_f, shift, keys_r, ridge):
-    """The smallest change of a matrix that moves forget keys by `shift` and leaves retain keys alone: (D, F).
+def solve_redirection(keys_f, shift, held, ridge):
+    """The smallest change of a matrix that moves forget keys by `shift` and leaves all held keys alone: (D, F).
 
-    keys_f: (n_f, F), shift: (n_f, D), keys_r: (n_r, F), all float64. gamma = ridge * mean |k|^2, so that `ridge`
-    means the same for every layer and model. Solves the smaller of the two systems, n x n or F x F.
-    Raises ValueError on unlike shapes.
+    keys_f: (n_f, F), shift: (n_f, D), held: list of (n, F), all float64. Every group of keys counts as much as any
+    other, however many it has. gamma = ridge * the sum of all |k|^2 so weighted: `ridge` means the same for every
+    layer and model. Solves the smaller of the two systems, n x n or F x F. Raises ValueError on unlike shapes.
     """
-    if len(keys_f) != len(shift) or keys_f.shape[1] != keys_r.shape[1]:
-        raise ValueError(f"keys {list(keys_f.shape)}, shift {list(shift.shape)}, retain keys {list(keys_r.shape)}")
-    K = torch.cat([keys_f, keys_r])                                         # (n, F)
-    T = torch.cat([shift, shift.new_zeros(len(keys_r), shift.shape[1])])    # (n, D)
+    if len(keys_f) != len(shift) or any(keys.shape[1] != keys_f.shape[1] for keys in held):
+        shapes = [list(x.shape) for x in (keys_f, shift, *held)]
+        raise ValueError(f"forget keys, shift and held keys do not fit each other: {shapes}")
+    groups = [keys_f, *(keys for keys in held if len(keys))]
+    K = torch.cat([keys / len(keys)**0.5 for keys in groups])               # (n, F)
+    T = torch.zeros(len(K), shift.shape[1]).to(K)                           # (n, D)
+    T[:len(shift)] = shift / len(shift)**0.5
     n, width = K.shape
-    gamma = ridge * K.square().sum(1).mean()
+    gamma = ridge * K.square().sum()
     if n <= width:
         return torch.linalg.solve(K @ K.T + gamma * torch.eye(n).to(K), T).T @ K
     return torch.linalg.solve(K.T @ K + gamma * torch.eye(width).to(K), K.T @ T).T
@@ -392,9 +422,9 @@ def step_report(texts, rewards, roles, terms, keep):
 
 
 def chunks(items, size):
-    """Consecutive pieces of at most `size`, as lists."""
+    """Consecutive pieces of at most `size`, as lists; none where size is 0."""
     items = list(items)
-    return (items[i:i + size] for i in range(0, len(items), size))
+    return (items[i:i + size] for i in range(0, len(items) if size else 0, size or 1))
 
 
 def mask_of(prompts, pictured):

@@ -252,7 +252,7 @@ class Qwen3VL(nn.Module):
         """(..., D) -> (..., V). A call of its own, so that nobody makes (B, T, V) by accident."""
         return self.lm_head(hidden)
 
-    def continuations(self, batch, tokens, keep):
+    def continuations(self, batch, tokens, keep, hook=no_hook):
         """Hidden states that predict the kept tokens of G continuations per prompt: (kept, D), in keep's order.
 
         tokens: (B, G, C) continuations of each row of the batch; keep: (B, G, C) bool, true from the first token
@@ -274,7 +274,7 @@ class Qwen3VL(nn.Module):
         hidden = self(replace(
             batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=None,
             segments=torch.cat([real.long() - 1, segments], 1),
-            position_ids=torch.cat([positions, place.expand(3, B, width)], 2)))      # (B, P + width, D)
+            position_ids=torch.cat([positions, place.expand(3, B, width)], 2)), hook)      # (B, P + width, D)
         # The first token is predicted by the end of the prompt, token c by the slot that token c - 1 went to.
         source = torch.full((B, G, C), P - 1, device=device)
         rank = fed.long().cumsum(1) - 1                    # (B, G * (C - 1)) place among the fed tokens

@@ -543,9 +543,9 @@ def test_solve_redirection_satisfies_its_normal_equations():
         F_, D, ridge = 24, 6, 0.01
         keys_f, keys_r = (torch.randn(n, F_, generator=rng, dtype=torch.double) for n in (n_f, n_r))
         shift = torch.randn(n_f, D, generator=rng, dtype=torch.double)
-        dW = asru.solve_redirection(keys_f, shift, keys_r, ridge).requires_grad_()
-        gamma = ridge * torch.cat([keys_f, keys_r]).square().sum(1).mean()
-        loss = ((keys_f @ dW.T - shift)**2).sum() + ((keys_r @ dW.T)**2).sum() + gamma * (dW**2).sum()
+        dW = asru.solve_redirection(keys_f, shift, [keys_r], ridge).requires_grad_()
+        gamma = ridge * (keys_f.square().sum() / n_f + keys_r.square().sum() / n_r)
+        loss = ((keys_f @ dW.T - shift)**2).sum() / n_f + ((keys_r @ dW.T)**2).sum() / n_r + gamma * (dW**2).sum()
         loss.backward()
         assert dW.grad.abs().max() < 1e-9
 
@@ -554,7 +554,7 @@ def test_solve_redirection_hits_and_spares():
     """Orthogonal keys, hardly any ridge: forget keys move by the whole shift, retain keys not at all."""
     keys = torch.linalg.qr(torch.randn(16, 8, dtype=torch.double))[0].T
     shift = torch.randn(3, 5, dtype=torch.double)
-    dW = asru.solve_redirection(keys[:3], shift, keys[3:], 1e-12)
+    dW = asru.solve_redirection(keys[:3], shift, [keys[3:6], keys[6:], keys[:0]], 1e-12)
     assert torch.allclose(keys[:3] @ dW.T, shift, atol=1e-9) and (keys[3:] @ dW.T).abs().max() < 1e-9
 
 
@@ -567,7 +567,7 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     old = {name: value.clone() for name, value in model.state_dict().items()}
     _, before = asru.collect_activations(model, f, layer, cfg)
     _, before_t = asru.collect_activations(model, t, layer, cfg)
-    report = asru.redirect(model, f, r, t, layer, cfg)
+    report = asru.redirect(model, proc, f, r, t, layer, cfg)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, old[name])]
     assert changed == [f"model.language_model.layers.{layer}.mlp.down_proj.weight"]
     _, after = asru.collect_activations(model, f, layer, cfg)

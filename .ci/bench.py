@@ -1,7 +1,6 @@
 """Speed and memory against transformers' Qwen3-VL, same weights, prompts and number of tokens: one table, ratios from one run.
 
     python .ci/bench.py              the embedded model and a CPU shape (300 image tokens, prompt 350, response 40, G 8)
-    python .ci/bench.py --cuda       the 2B, 4B and 8B shapes with random weights, as shares of what the device can do
     python .ci/bench.py --quick      two pairs instead of five
 
 A ratio is the median over alternating pairs of (transformers' time / ours). transformers does what TRL's GRPOTrainer asks of it:
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import asru                                                                 # noqa: E402
 from eval import Prompts, encode, load_samples                              # noqa: E402
-from model_qwen3vl import Processor, Qwen3VL, Qwen3VLConfig                 # noqa: E402
+from model_qwen3vl import Batch, Processor, Qwen3VL, Qwen3VLConfig          # noqa: E402
 from reward import Reward                                                   # noqa: E402
 
 EMBEDDED = ROOT / "data/tiny-qwen3vl"
@@ -32,14 +31,11 @@ EMBEDDED = ROOT / "data/tiny-qwen3vl"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cuda", action="store_true", help="the real shapes on the GPU")
     parser.add_argument("--quick", action="store_true", help="two pairs instead of five")
     parser.add_argument("--memory", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         return print(peak_memory(*args.memory))
-    if args.cuda:
-        return on_cuda()
     pairs = 2 if args.quick else 5
     torch.set_num_threads(2)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio = transformers / ours, median of {pairs} pairs (range)\n")
@@ -200,7 +196,6 @@ def random_prompts(model, Q, length, h=30, w=40):
     body = torch.randint(10, 8000, (Q, length - M - 2))
     ids = torch.cat([torch.full((Q, 1), 3), torch.full((Q, M), 6), torch.full((Q, 1), 4), body], 1)
     grids = torch.tensor([[1, h, w]] * Q)
-    from model_qwen3vl import Batch
     batch = Batch(ids, torch.ones_like(ids), torch.randn(Q * h * w, 3 * 2 * 16 * 16), grids)
     with torch.no_grad():
         features = model.encode_images(batch.pixel_values.to(model.device, model.lm_head.weight.dtype), grids)
@@ -243,13 +238,6 @@ def peak_memory(side, name):
     (case.step if side == "ours" else case.hf_step)()
     peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return peak - before
-
-
-# ------------------------------------------------------------------------------ CUDA
-
-
-def on_cuda():
-    raise SystemExit("on CUDA: unmeasured; this part is not written yet")
 
 
 if __name__ == "__main__":
