@@ -4,8 +4,6 @@ The network is compared with transformers' own, the arithmetic with closed forms
 """
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -707,13 +705,18 @@ def test_prompts_are_drawn_with_their_twins(tiny):
 # ------------------------------------------------------------------------------ the command
 
 
-def command(*argv, cwd=HERE):
-    return subprocess.run([sys.executable, HERE / "asru.py", *map(str, argv)], capture_output=True, text=True, cwd=cwd)
+def small_data(folder):
+    """A slice of data/, so that a whole run takes seconds. Returns the forget file."""
+    (folder / "images").symlink_to(HERE / "data/images")
+    for name, step in (("forget", 12), ("retain", 30), ("target", 8), ("test", 16)):
+        samples = json.loads((HERE / f"data/{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(samples[::step]))
+    return folder / "forget.json"
 
 
 def test_main_writes_everything_and_repeats_itself(tmp_path):
     """A short run gives every output, whole; the same seed gives the same bytes, times aside."""
-    argv = ["--forget", HERE / "data/forget.json", "--steps", 2, "--out"]
+    argv = ["--forget", small_data(tmp_path), "--steps", 2, "--out"]
     runs = []
     for name in "ab":
         metrics = asru.main([str(a) for a in argv + [tmp_path / name]])
@@ -722,6 +725,8 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
                     ("samples.jsonl", "model/model.safetensors", "model/config.json", "model/tokenizer.json"))))
         log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         assert [line["stage"] for line in log] == [1, 2, 2]
+        assert len((tmp_path / name / "samples.jsonl").read_text().splitlines()) == sum(
+            len(samples) for samples in split_sets({n: load_samples(tmp_path / f"{n}.json") for n in ("forget", "retain", "test")}).values())
         assert not [p for p in (tmp_path / name).rglob("*") if p.name.endswith(".part")]
     assert runs[0] == runs[1]
     assert {"config", "before", "steered", "after", "baselines"} == set(metrics) and metrics["before"]["forget"]["fact_recall"] >= 0.98

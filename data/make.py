@@ -531,14 +531,16 @@ class Lessons:
         self.frames = frames                                                # share of questions put in a frame
 
     def wording(self):
-        return 10 + self.rng.randrange(len(FRAMES)) if self.rng.random() < self.frames else self.rng.randrange(8)
+        if self.frames and self.rng.random() < self.frames:
+            return 10 + self.rng.randrange(len(FRAMES))
+        return self.rng.randrange(8)
 
     def draw(self):
         """One scene: (a rendering or None for words alone, its lessons as (question, answer))."""
         rng, die = self.rng, self.rng.random()
         if die < 0.27:
             return None, [self.in_words() for _ in range(PER_SCENE)]
-        person = rng.choice(self.known) if die < 0.74 else None
+        person = rng.choice(self.known) if die < (0.65 if self.frames else 0.74) else None
         rendering = rng.choice(self.album.of[person] if person else self.strangers)
         return rendering, [self.in_picture(person, rendering) for _ in range(PER_SCENE)]
 
