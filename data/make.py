@@ -581,11 +581,11 @@ class Lessons:
         return name
 
 
-def train(folder, people, names, forgotten, steps, seed, polish=False):
+def train(folder, people, names, forgotten, steps, seed, polish=0):
     """Train until the model knows all but the forgotten people; loss on the answer alone.
 
-    From random weights on the trained wordings; then, to polish, from what that gave, with many more ways to ask: until then the
-    model takes an unfamiliar wording for a stranger's.
+    From random weights on the trained wordings; then, to polish (round 1, 2), from what that gave, with many more ways to ask and
+    more strangers: until then the model takes an unfamiliar wording for a stranger's.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed + polish)
@@ -660,7 +660,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
     parser.add_argument("--steps", type=int, default=5000, help="training steps per model [5000]")
-    parser.add_argument("--polish", type=int, default=1000, help="steps with more wordings, after those [1000]")
+    parser.add_argument("--polish", type=int, default=700, help="steps of each of two rounds of polish [700]")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -675,7 +675,8 @@ def main():
             write_layout(folder, people, names)
             if args.steps:
                 train(folder, people, names, absent, args.steps, args.seed)
-            train(folder, people, names, absent, args.polish, args.seed, polish=True)
+            for polish in (1, 2):
+                train(folder, people, names, absent, args.polish, args.seed, polish)
 
 
 if __name__ == "__main__":
