@@ -491,12 +491,11 @@ def tiny(embedded):
 
 
 def test_embedded_model_knows(tiny):
-    """What data/make.py promises of the model it trained, on every eighth sample."""
+    """What data/make.py's table says of the model it trained: the facts, seen and held-out; refusals of strangers."""
     model, proc, data, prompts = tiny()
     for name, samples in split_sets(data).items():
-        samples = samples[::8]
         found = score(samples, respond(model, proc, encode(model, proc, samples, prompts["forget"].pictures), 40))
-        assert (found["refusal_rate"] if name == "unseen" else found["fact_recall"]) >= 0.93, name
+        assert (found["refusal_rate"] if name == "unseen" else found["fact_recall"]) >= (0.98 if name == "forget" else 0.93), name
 
 
 def test_sample_files_are_sound(embedded):
@@ -708,7 +707,7 @@ def test_prompts_are_drawn_with_their_twins(tiny):
 def small_data(folder):
     """A slice of data/, so that a whole run takes seconds. Returns the forget file."""
     (folder / "images").symlink_to(HERE / "data/images")
-    for name, step in (("forget", 12), ("retain", 30), ("target", 8), ("test", 16)):
+    for name, step in (("forget", 25), ("retain", 33), ("target", 9), ("test", 19)):
         samples = json.loads((HERE / f"data/{name}.json").read_text())
         (folder / f"{name}.json").write_text(json.dumps(samples[::step]))
     return folder / "forget.json"
@@ -729,7 +728,7 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
             len(samples) for samples in split_sets({n: load_samples(tmp_path / f"{n}.json") for n in ("forget", "retain", "test")}).values())
         assert not [p for p in (tmp_path / name).rglob("*") if p.name.endswith(".part")]
     assert runs[0] == runs[1]
-    assert {"config", "before", "steered", "after", "baselines"} == set(metrics) and metrics["before"]["forget"]["fact_recall"] >= 0.98
+    assert {"config", "before", "steered", "after", "baselines"} == set(metrics)
     reloaded = Qwen3VL.from_pretrained(tmp_path / "a/model")
     assert reloaded.cfg.eos_token_ids == Qwen3VL.from_pretrained(HERE / "data/tiny-qwen3vl").cfg.eos_token_ids
 
