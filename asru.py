@@ -540,6 +540,8 @@ def run(argv):
     cfg = parse_config(argv)
     check_machine(cfg)
     torch.manual_seed(cfg.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)        # threads may add gradients in any order otherwise
+    torch.utils.deterministic.fill_uninitialized_memory = False
     data = load_data(cfg)
     proc = Processor.from_pretrained(cfg.model)
     model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device)
