@@ -581,10 +581,10 @@ class Lessons:
         return name
 
 
-def train(folder, people, names, forgotten, steps, seed, polish=0):
+def train(folder, people, names, forgotten, steps, seed, polish=False):
     """Train until the model knows all but the forgotten people; loss on the answer alone.
 
-    From random weights on the trained wordings; then, to polish (round 1, 2), from what that gave, with many more ways to ask and
+    From random weights on the trained wordings; then, to polish, from what that gave, with many more ways to ask and
     more strangers: until then the model takes an unfamiliar wording for a stranger's.
     """
     torch.manual_seed(seed)
@@ -660,7 +660,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
     parser.add_argument("--steps", type=int, default=5000, help="training steps per model [5000]")
-    parser.add_argument("--polish", type=int, default=700, help="steps of each of two rounds of polish [700]")
+    parser.add_argument("--polish", type=int, default=700, help="steps with more wordings, after those [700]")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -675,8 +675,7 @@ def main():
             write_layout(folder, people, names)
             if args.steps:
                 train(folder, people, names, absent, args.steps, args.seed)
-            for polish in (1, 2):
-                train(folder, people, names, absent, args.polish, args.seed, polish)
+            train(folder, people, names, absent, args.polish, args.seed, polish=True)
 
 
 if __name__ == "__main__":
