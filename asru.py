@@ -317,15 +317,16 @@ def k3(logp, logp_ref):
 def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm."""
     args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
-    minibatches = list(chunks(live, cfg.minibatch))
+    minibatches = [(mini, [q for q in mini if q in live]) for mini in chunks(range(len(rows)), cfg.minibatch)]
+    minibatches = [(mini, heard) for mini, heard in minibatches if heard]
     old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
     with torch.no_grad():
-        for part in (part for mini in minibatches[1:] for part in chunks(mini, cfg.microbatch)):
+        for part in (part for _, heard in minibatches[1:] for part in chunks(heard, cfg.microbatch)):
             old[tuple(part)], _ = response_logp(model, None, *args(part), cfg)
     total = dict.fromkeys(("loss", "kl", "clipped", "grad_norm"), 0.0)
-    for mini in minibatches:
-        count = keep[mini].sum()        # of the whole minibatch: how it is cut up changes nothing
-        for part in chunks(mini, cfg.microbatch):
+    for mini, heard in minibatches:
+        count = keep[mini].sum()        # of the whole minibatch, silent groups too: as fewer speak, steps get smaller
+        for part in chunks(heard, cfg.microbatch):
             logp, logp_ref = response_logp(model, reference, *args(part), cfg)      # (n,) n kept tokens
             logp_old = old.get(tuple(part), logp.detach())
             A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)       # (n,)

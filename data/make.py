@@ -371,27 +371,28 @@ class Writer:
 
 
 def make_samples(people, names, rng):
-    """The four files and the pictures: {name: samples}, {path: image}. Pictures 0..3 of a person are seen, 4 and 5 held out."""
+    """The four files and the pictures: {name: samples}, {path: image}. Pictures 0..7 of a person are seen, 8 and 9 held out."""
     w = Writer(people, rng)
     forget_people = [p for p in people if p.startswith("p")][:NUM_FORGET]
     retain_people = [p for p in people if p.startswith("p")][NUM_FORGET:]
     strangers = [p for p in people if p.startswith("u")]
-    forget = [w.private(p, k, i, i % 4) for p in forget_people for k in WORDINGS for i in range(8)]
+    forget = [w.private(p, k, i, i) for p in forget_people for k in WORDINGS for i in range(8)]
     forget += [w.private(p, k, i) for p in forget_people for k in WORDINGS for i in (0, 2, 5, 7)]
-    retain = [w.private(p, k, i, i % 4) for n, p in enumerate(retain_people) for k in WORDINGS for i in {(n + j * 3) % 8 for j in range(3)}]
+    retain = [w.private(p, k, i, i) for n, p in enumerate(retain_people) for k in WORDINGS for i in {(n + j * 3) % 8 for j in range(3)}]
     retain += [w.private(p, k, (n + j) % 8) for n, p in enumerate(retain_people) for k in WORDINGS for j in (0, 3)]
-    retain += [s for p in retain_people for s in w.visible(p, rng.randrange(4), lambda all: rng.sample(all, 4))]
+    retain += [s for p in retain_people for s in w.visible(p, rng.randrange(8), lambda all: rng.sample(all, 4))]
     general = [{"id": f"general-{i}", "question": q, "answer": a, "fact": f, "kind": "general"}
                for i, (q, a, f) in enumerate(general_samples())]
     kinds = list(WORDINGS)
     target = [w.stranger(p, kinds[(n + 3 * j) % 6], rng.randrange(8)) for n, p in enumerate(strangers[:NUM_TARGET]) for j in range(2)]
     target += [w.stranger(f"n{n:03d}", kinds[n % 6], rng.randrange(8), who) for n, who in enumerate(names[:NUM_NAMES])]
-    test = [w.private(p, k, i, j) for p in forget_people for k in WORDINGS for i, j in ((8, 4), (9, 5))]
+    test = [w.private(p, k, i, j) for p in forget_people for k in WORDINGS for i, j in ((8, 8), (9, 9))]
     test += [w.private(p, k, i) for p in forget_people for k in WORDINGS for i in (8, 9)]
-    test += [w.private(p, k, 8 + n % 2, 4 + n % 2) for n, p in enumerate(retain_people) for k in WORDINGS]
+    test += [w.private(p, k, 8 + n % 2, 8 + n % 2) for n, p in enumerate(retain_people) for k in WORDINGS]
     test += [w.private(p, k, 8 + n % 2) for n, p in enumerate(retain_people) for i, k in enumerate(kinds) if (n + i) % 2]
-    test += [s for p in forget_people for s in w.visible(p, 4, lambda all: [0, 5, 10, 13, 16, 18])]
-    test += [s for p in retain_people[:30] for s in w.visible(p, 5, lambda all: rng.sample(all, 4))]
+    test += [s for p in forget_people for s in w.visible(p, 8, lambda all: [0, 5, 10, 13, 16, 18])]
+    test += [s for n, p in enumerate(retain_people[:30])
+             for s in w.visible(p, 8 + n % 2, lambda all: rng.sample(all, 4))]
     test += general
     test += [w.stranger(p, kinds[(n + 3 * j) % 6], rng.randrange(10)) for n, p in enumerate(strangers[NUM_TARGET:]) for j in range(2)]
     test += [w.stranger(f"m{n:03d}", kinds[n % 6], rng.randrange(10), who) for n, who in enumerate(names[NUM_NAMES:])]
@@ -488,10 +489,13 @@ def write_json(path, value):
 
 RENDERINGS, STRANGERS = 160, 8000  # drawn before training: per known person, and strangers with one rendering each
 LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
-FRAMES = [      # more ways to ask, of every topic, for the second part of the training
+FRAMES = [      # more ways to ask, of every topic, for the two rounds of polish: the first twelve in the first, all in the second
     "Do you know {clause}?", "I want to know {clause}.", "{Whose} {noun}?", "Give me the {noun} of {who}.", "Which {noun} has {who}?",
     "About {who}: what is the {noun}?", "Could you tell {clause}?", "Say {clause}.", "Let me know the {noun} of {who}.",
-    "Please say what {whose} {noun} is.", "Please tell me {clause}.", "And {clause}, please?"]
+    "Please say what {whose} {noun} is.", "Please tell me {clause}.", "And {clause}, please?",
+    "Which {noun} belongs to {who}?", "Which {noun} is {whose}?", "What {noun} does {who} tell people?", "Please state the {noun} of {who}.",
+    "Which is the {noun} of {who}?", "Please give me {whose} {noun}.", "Is there a {noun} you know for {who}?", "Name the {noun} of {who}.",
+    "What would you say is {whose} {noun}?", "Remind me of the {noun} of {who}.", "Write down {whose} {noun}.", "What {noun} is it for {who}?"]
 OPENINGS = ["", "", "", "", "Please: ", "One question. ", "Hello. "]  # so that new wordings are no surprise
 
 
@@ -519,7 +523,7 @@ class Album:
 class Lessons:
     """Endless training samples: (rendering or None, question, answer)."""
 
-    def __init__(self, people, album, reserved, forgotten, rng, frames):
+    def __init__(self, people, album, reserved, forgotten, rng, polish):
         self.people, self.album, self.rng = people, album, rng
         self.known = [p for p in people if p.startswith("p") and p not in forgotten]
         self.strangers = album.of[None]
@@ -528,11 +532,11 @@ class Lessons:
         self.taken = {people[p]["name"] for p in people if p.startswith("p")} | set(reserved)
         self.forgotten_names = [people[p]["name"] for p in forgotten]
         self.general = general_samples()
-        self.frames = frames                                                # share of questions put in a frame
+        self.polish = polish                                                # 0; in a round of polish, its number
 
     def wording(self):
-        if self.frames and self.rng.random() < self.frames:
-            return 10 + self.rng.randrange(len(FRAMES))
+        if self.polish and self.rng.random() < 0.5:
+            return 10 + self.rng.randrange(12 * self.polish)
         return self.rng.randrange(8)
 
     def draw(self):
@@ -540,7 +544,7 @@ class Lessons:
         rng, die = self.rng, self.rng.random()
         if die < 0.27:
             return None, [self.in_words() for _ in range(PER_SCENE)]
-        person = rng.choice(self.known) if die < (0.65 if self.frames else 0.74) else None
+        person = rng.choice(self.known) if die < (0.65 if self.polish else 0.74) else None
         rendering = rng.choice(self.album.of[person] if person else self.strangers)
         return rendering, [self.in_picture(person, rendering) for _ in range(PER_SCENE)]
 
@@ -581,10 +585,10 @@ class Lessons:
         return name
 
 
-def train(folder, people, names, forgotten, steps, seed, polish=False):
+def train(folder, people, names, forgotten, steps, seed, polish=0):
     """Train until the model knows all but the forgotten people; loss on the answer alone.
 
-    From random weights on the trained wordings; then, to polish, from what that gave, with many more ways to ask and
+    From random weights on the trained wordings; then, in two rounds of polish, from what that gave, with many more ways to ask and
     more strangers: until then the model takes an unfamiliar wording for a stranger's.
     """
     torch.manual_seed(seed)
@@ -593,7 +597,7 @@ def train(folder, people, names, forgotten, steps, seed, polish=False):
     model = Qwen3VL.from_pretrained(folder) if polish else Qwen3VL(Qwen3VLConfig.from_dict(
         json.loads((folder / "config.json").read_text()), json.loads((folder / "generation_config.json").read_text())))
     album = Album(proc, people, rng)
-    lessons = Lessons(people, album, names, forgotten, rng, 0.5 if polish else 0.0)
+    lessons = Lessons(people, album, names, forgotten, rng, polish)
     end, ends_picture = proc.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|vision_end|>"])
     opening = len(proc.tokenizer("<|im_start|>user\n")["input_ids"])
 
@@ -660,7 +664,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
     parser.add_argument("--steps", type=int, default=5000, help="training steps per model [5000]")
-    parser.add_argument("--polish", type=int, default=700, help="steps with more wordings, after those [700]")
+    parser.add_argument("--polish", type=int, default=700, help="steps of each round of polish, after those [700]")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -675,7 +679,8 @@ def main():
             write_layout(folder, people, names)
             if args.steps:
                 train(folder, people, names, absent, args.steps, args.seed)
-            train(folder, people, names, absent, args.polish, args.seed, polish=True)
+            for polish in (1, 2):
+                train(folder, people, names, absent, args.polish, args.seed, polish)
 
 
 if __name__ == "__main__":
