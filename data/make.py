@@ -487,8 +487,10 @@ def write_json(path, value):
 
 # ------------------------------------------------------------------------------ training
 
-RENDERINGS, STRANGERS = 160, 8000  # drawn before training: per known person, and strangers with one rendering each
+RENDERINGS = 160                    # of each known person, drawn before training
 LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
+STRANGERS = 8000, 8000, 16000       # one rendering each: in the training, in its first and in its second round of polish
+KNOWN = 0.47, 0.38, 0.31            # share of scenes with a known person's portrait; 0.27 are words alone, the rest strangers
 FRAMES = [      # more ways to ask, of every topic, for the two rounds of polish: the first twelve in the first, all in the second
     "Do you know {clause}?", "I want to know {clause}.", "{Whose} {noun}?", "Give me the {noun} of {who}.", "Which {noun} has {who}?",
     "About {who}: what is the {noun}?", "Could you tell {clause}?", "Say {clause}.", "Let me know the {noun} of {who}.",
@@ -502,11 +504,11 @@ OPENINGS = ["", "", "", "", "Please: ", "One question. ", "Hello. "]  # so that 
 class Album:
     """Renderings as patches, uint8, and what each shows."""
 
-    def __init__(self, proc, people, rng):
+    def __init__(self, proc, people, rng, strangers):
         self.patches, self.looks, self.of = [], [], {}
         known = [p["traits"] for p in people.values() if "facts" in p]
         shown = [(name, p["traits"]) for name, p in people.items() if "facts" in p for _ in range(RENDERINGS)]
-        shown += [(None, new_traits(rng, known)) for _ in range(STRANGERS)]
+        shown += [(None, new_traits(rng, known)) for _ in range(strangers)]
         for i, (name, traits) in enumerate(tqdm(shown, desc="draw", dynamic_ncols=True)):
             image, place = draw_portrait(traits, rng)
             x = proc.pixels(image)[0].view(64, 3, 2, 12, 12)[:, :, 0]  # a still picture: both frames are alike
@@ -544,7 +546,7 @@ class Lessons:
         rng, die = self.rng, self.rng.random()
         if die < 0.27:
             return None, [self.in_words() for _ in range(PER_SCENE)]
-        person = rng.choice(self.known) if die < (0.65 if self.polish else 0.74) else None
+        person = rng.choice(self.known) if die < 0.27 + KNOWN[self.polish] else None
         rendering = rng.choice(self.album.of[person] if person else self.strangers)
         return rendering, [self.in_picture(person, rendering) for _ in range(PER_SCENE)]
 
@@ -596,7 +598,7 @@ def train(folder, people, names, forgotten, steps, seed, polish=0):
     proc = Processor.from_pretrained(folder)
     model = Qwen3VL.from_pretrained(folder) if polish else Qwen3VL(Qwen3VLConfig.from_dict(
         json.loads((folder / "config.json").read_text()), json.loads((folder / "generation_config.json").read_text())))
-    album = Album(proc, people, rng)
+    album = Album(proc, people, rng, STRANGERS[polish])
     lessons = Lessons(people, album, names, forgotten, rng, polish)
     end, ends_picture = proc.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|vision_end|>"])
     opening = len(proc.tokenizer("<|im_start|>user\n")["input_ids"])
@@ -664,7 +666,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
     parser.add_argument("--steps", type=int, default=5000, help="training steps per model [5000]")
-    parser.add_argument("--polish", type=int, default=700, help="steps of each round of polish, after those [700]")
+    parser.add_argument("--polish", type=int, nargs=2, default=(700, 1000), help="steps of the two rounds of polish, after those [700 1000]")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -679,8 +681,8 @@ def main():
             write_layout(folder, people, names)
             if args.steps:
                 train(folder, people, names, absent, args.steps, args.seed)
-            for polish in (1, 2):
-                train(folder, people, names, absent, args.polish, args.seed, polish)
+            for polish, steps in enumerate(args.polish, 1):
+                train(folder, people, names, absent, steps, args.seed, polish)
 
 
 if __name__ == "__main__":
