@@ -229,12 +229,16 @@ def solve_redirection(keys_f, shift, held, ridge):
 def select_boundary(model, forget, retain, layer, cfg):
     """Indices of the retain samples nearest to the forget set at a layer: a share of samples, not of people.
 
-    Near: the largest cosine to any forget prompt, of residual streams less the retain mean, which all share.
+    Every forget prompt gets its nearest neighbour, then its second, until the share is full: were it the largest
+    cosines, a few wordings whose residual streams lie close together would fill it. Cosines are of residual streams
+    less the retain mean, which all share.
     """
     _, resid_f = collect_activations(model, forget, layer, cfg)
     _, resid_r = collect_activations(model, retain, layer, cfg)
     unit = lambda h: torch.nn.functional.normalize(h - resid_r.mean(0), dim=1)
-    nearness = (unit(resid_r) @ unit(resid_f).T).amax(1)                    # (n_r,)
+    cosine = unit(resid_f) @ unit(resid_r).T                                # (n_f, n_r)
+    rank = cosine.argsort(1, descending=True).argsort(1).amin(0)            # (n_r,) best place in any forget row
+    nearness = cosine.amax(0) - 2 * rank                                    # by rank, then by cosine, which is in -1..1
     return nearness.topk(max(1, round(cfg.boundary * len(retain)))).indices.sort().values.tolist()
 
 
