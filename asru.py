@@ -78,6 +78,7 @@ class Config:
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
+    lr_end: float = opt(1.0, "stage 2: share of it that is left at the last step; it falls in a line", above=0, most=1)
     weight_decay: float = opt(1e-2, "stage 2: weight decay of AdamW", least=0)
     clip: float = opt(0.2, "stage 2: epsilon of the PPO clip", above=0)
     kl: float = opt(0.1, "stage 2: beta, weight of the KL to the stage-1 model", least=0)
@@ -260,6 +261,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     reference = frozen_copy(model) if cfg.kl else None
     fused = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
     reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
     stream = draw_prompts(pool, roles, cfg, rng)
@@ -282,6 +284,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
         stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
+        schedule.step()
 
         seconds = time.perf_counter() - started
         report = {"stage": 2, "step": step, **step_report(texts, rewards, [roles[i] for i in rows], terms, keep),
