@@ -228,19 +228,24 @@ def solve_redirection(keys_f, shift, held, ridge):
 
 
 def select_boundary(model, forget, retain, layer, cfg):
-    """Indices of the retain samples nearest to the forget set at a layer: a share of samples, not of people.
+    """Indices of the retain samples nearest to the forget set at a layer: a share of each kind of samples, not of people.
 
     Every forget prompt gets its nearest neighbour, then its second, until the share is full: were it the largest
     cosines, a few wordings whose residual streams lie close together would fill it. Cosines are of residual streams
-    less the retain mean, which all share.
+    less the retain mean, which all share. Kinds (private, visible, general) apart: what is not private is never as near.
     """
     _, resid_f = collect_activations(model, forget, layer, cfg)
     _, resid_r = collect_activations(model, retain, layer, cfg)
     unit = lambda h: torch.nn.functional.normalize(h - resid_r.mean(0), dim=1)
     cosine = unit(resid_f) @ unit(resid_r).T                                # (n_f, n_r)
-    rank = cosine.argsort(1, descending=True).argsort(1).amin(0)            # (n_r,) best place in any forget row
-    nearness = cosine.amax(0) - 2 * rank                                    # by rank, then by cosine, which is in -1..1
-    return nearness.topk(max(1, round(cfg.boundary * len(retain)))).indices.sort().values.tolist()
+    kinds, chosen = [s.get("kind") for s in retain.samples], []
+    for kind in dict.fromkeys(kinds):
+        rows = torch.tensor([i for i, k in enumerate(kinds) if k == kind], device=cosine.device)    # (n,) of this kind
+        near = cosine[:, rows]                                              # (n_f, n)
+        rank = near.argsort(1, descending=True).argsort(1).amin(0)          # (n,) best place in any forget row
+        nearness = near.amax(0) - 3 * rank                                  # by rank, then by cosine, which is in -1..1
+        chosen += rows[nearness.topk(max(1, round(cfg.boundary * len(rows)))).indices].tolist()
+    return sorted(chosen)
 
 
 # ------------------------------------------------------------------------------ stage 2: refusal boundary by GRPO

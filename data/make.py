@@ -378,8 +378,13 @@ def make_samples(people, names, rng):
     strangers = [p for p in people if p.startswith("u")]
     forget = [w.private(p, k, i, i) for p in forget_people for k in WORDINGS for i in range(8)]
     forget += [w.private(p, k, i) for p in forget_people for k in WORDINGS for i in (0, 2, 5, 7)]
+    framed = lambda n, number: [10 + (n * 5 + j * 24 // number) % 24 for j in range(number)]        # frames of fact n, spread out
+    forget += [w.private(p, k, f, i) for p in forget_people for n, k in enumerate(WORDINGS) for i, f in enumerate(framed(n, 8))]
+    forget += [w.private(p, k, f) for p in forget_people for n, k in enumerate(WORDINGS) for f in framed(n + 2, 4)]
     retain = [w.private(p, k, i, i) for n, p in enumerate(retain_people) for k in WORDINGS for i in {(n + j * 3) % 8 for j in range(3)}]
     retain += [w.private(p, k, (n + j) % 8) for n, p in enumerate(retain_people) for k in WORDINGS for j in (0, 3)]
+    retain += [w.private(p, k, f, i) for n, p in enumerate(retain_people) for m, k in enumerate(WORDINGS) for i, f in enumerate(framed(n + m, 2))]
+    retain += [w.private(p, k, f) for n, p in enumerate(retain_people) for m, k in enumerate(WORDINGS) for f in framed(n + m + 2, 1)]
     retain += [s for p in retain_people for s in w.visible(p, rng.randrange(8), lambda all: rng.sample(all, 4))]
     general = [{"id": f"general-{i}", "question": q, "answer": a, "fact": f, "kind": "general"}
                for i, (q, a, f) in enumerate(general_samples())]
