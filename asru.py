@@ -24,6 +24,7 @@ Where this differs from the paper or from its released script
  7 Unseen people are among the prompts of stage 2: without them the model begins to tell about strangers.
  8 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal
    rewards are skipped whole, their KL term too.
+ 9 The boundary set is the nearest neighbours of every forget prompt in turn, within each kind of sample.
 """
 import argparse
 import copy
@@ -228,11 +229,12 @@ def solve_redirection(keys_f, shift, held, ridge):
 
 
 def select_boundary(model, forget, retain, layer, cfg):
-    """Indices of the retain samples nearest to the forget set at a layer: a share of each kind of samples, not of people.
+    """Indices of the retain samples nearest to the forget set at a layer: a share of each kind, not of people.
 
     Every forget prompt gets its nearest neighbour, then its second, until the share is full: were it the largest
     cosines, a few wordings whose residual streams lie close together would fill it. Cosines are of residual streams
-    less the retain mean, which all share. Kinds (private, visible, general) apart: what is not private is never as near.
+    less the retain mean, which all share. Each kind (private, visible, general) fills its own share: together, private
+    questions would take it all.
     """
     _, resid_f = collect_activations(model, forget, layer, cfg)
     _, resid_r = collect_activations(model, retain, layer, cfg)

@@ -581,6 +581,18 @@ def test_boundary_is_the_nearest_share(tiny):
     assert len(chosen) == round(0.25 * 61) and 60 in chosen
 
 
+def test_boundary_leaves_out_no_kind_and_no_wording(tiny):
+    """27.3 % of each kind; every wording asked of the forget people in pictures is among what must be kept."""
+    model, _, data, prompts = tiny()
+    chosen = [data["retain"][i] for i in
+              asru.select_boundary(model, prompts["forget"], prompts["retain"], 3, asru.Config())]
+    for kind in ("private", "visible", "general"):
+        number = sum(s["kind"] == kind for s in data["retain"])
+        assert sum(s["kind"] == kind for s in chosen) == round(0.273 * number)
+    wordings = {s["id"].split("-")[2] for s in chosen if s["kind"] == "private"}
+    assert wordings >= {str(i) for i in range(8)}
+
+
 # ------------------------------------------------------------------------------ stage 2
 
 
