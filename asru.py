@@ -25,6 +25,7 @@ Where this differs from the paper or from its released script
  8 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal
    rewards are skipped whole, their KL term too.
  9 The boundary set is the nearest neighbours of every forget prompt in turn, within each kind of sample.
+10 Stage 2 trains the decoder's projections alone: embeddings, head and norms serve every prompt.
 """
 import argparse
 import copy
@@ -260,11 +261,15 @@ def select_boundary(model, forget, retain, layer, cfg):
 
 
 def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
-    """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes the decoder in place."""
+    """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes the decoder's projections in place.
+
+    Embeddings, head and norms stay: each of their numbers serves every prompt, and training them moved what was
+    to be kept.
+    """
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
     model.requires_grad_(False)
-    trained = list(model.text.requires_grad_(True).parameters())
+    trained = [p.requires_grad_(True) for p in model.text.layers.parameters() if p.dim() == 2]
     reference = frozen_copy(model) if cfg.kl else None
     fused = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
