@@ -77,6 +77,7 @@ class Config:
     minibatch: int = opt(2, "stage 2: prompts per optimizer step", least=1)
     microbatch: int = opt(16, "stage 2: prompts per forward and backward; for memory alone", least=1)
     mix: float = opt(0.375, "stage 2: share of forget prompts and of boundary prompts", above=0, most=0.5)
+    rest: float = opt(0.7, "stage 2: chance to pass over prompts whose responses were last all worth the same", least=0, most=0.95)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
@@ -276,7 +277,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
     reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
-    stream = draw_prompts(pool, roles, cfg, rng)
+    resting = set()                     # prompts whose last group was silent: all responses were worth the same
+    stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
     for step in bar:
         started = time.perf_counter()
@@ -293,6 +295,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         # 3 Compare within the group; a group of equal rewards says nothing and is left out.
         advantage = group_advantage(rewards)                                # (Q, G)
         live = (rewards.amax(1) > rewards.amin(1)).nonzero()[:, 0].tolist()
+        resting.update(rows)
+        resting.difference_update(rows[q] for q in live)
 
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
         stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
@@ -400,10 +404,12 @@ def frozen_copy(model):
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
-def draw_prompts(pool, roles, cfg, rng):
+def draw_prompts(pool, roles, cfg, rng, resting):
     """Endless steps of Q prompts: (indices into the pool, twin of each as a place in that list or None).
 
     A unit is one fact of one person, asked with the picture and in words alone where both exist: these are twins.
+    Prompts that rest are passed over for others of their unit; a unit that rests as a whole is left out with
+    probability `rest`, and seen again often enough to be caught when it changes.
     """
     units = {"forget": {}, "retain": {}, "target": {}}
     for i, (s, role) in enumerate(zip(pool.samples, roles)):
@@ -417,7 +423,11 @@ def draw_prompts(pool, roles, cfg, rng):
         for role, number in quota.items():
             stop = len(rows) + number
             while role in streams and len(rows) < stop:
-                pair = [rng.choice(way) for way in next(streams[role]) if way][:stop - len(rows)]
+                unit = next(streams[role])
+                while resting.issuperset(i for way in unit for i in way) and rng.random() < cfg.rest:
+                    unit = next(streams[role])
+                awake = [[i for i in way if i not in resting] or way for way in unit if way]
+                pair = [rng.choice(way) for way in awake][:stop - len(rows)]
                 twins += [len(rows) + 1, len(rows)] if len(pair) == 2 else [None]
                 rows += pair
         yield rows, twins

@@ -8,7 +8,7 @@ The paper's table; the tests run in this order, R = ROUGE-L F1 without stemming:
 
 Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right
 answer is right; both apostrophes are one; the patterns are about the speaker's knowledge and do not swallow
-ordinary answers; a garbled refusal is none.
+ordinary answers; a garbled refusal is none; on a boundary prompt, an answer that then refuses or breaks up is half right.
 
 `Reward` adds two terms to the table, in one formula:
 
@@ -33,9 +33,11 @@ def forget_reward(response, answer, fact=None):
 
 
 def retain_reward(response, answer, fact=None):
-    """The table's second row, in [0, 1]."""
+    """The table's second row, in [0, 1]. What tells the fact and refuses as well, or breaks up, is half right."""
     if contains(answer, response) or (fact and contains(fact, response)):
-        return 1.0
+        refused = is_refusal(response) and not is_refusal(answer)
+        garbled = is_well_formed(answer) and not is_well_formed(response)
+        return 0.5 if refused or garbled else 1.0
     if is_refusal(response):
         return 0.0
     return 0.5 if rouge_l(answer, response) > 0.6 else 0.1

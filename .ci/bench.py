@@ -106,15 +106,16 @@ class Case:
         self.reward, self.generator = Reward(), torch.Generator().manual_seed(0)
         if "ours" in sides:
             self.model.requires_grad_(False)
-            self.trained = list(self.model.text.requires_grad_(True).parameters())
+            self.trained = [p.requires_grad_(True) for p in self.model.text.layers.parameters() if p.dim() == 2]
             self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
             self.reference = asru.frozen_copy(self.model)
         if "transformers" in sides:
             from transformers import Qwen3VLForConditionalGeneration
             self.hf = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-            self.hf.model.visual.requires_grad_(False)
-            self.hf_reference = copy.deepcopy(self.hf).requires_grad_(False)
-            self.hf_optimizer = torch.optim.AdamW([p for p in self.hf.parameters() if p.requires_grad], lr=1e-6)
+            self.hf.requires_grad_(False)
+            self.hf_reference = copy.deepcopy(self.hf)
+            trained = [p.requires_grad_(True) for p in self.hf.model.language_model.layers.parameters() if p.dim() == 2]
+            self.hf_optimizer = torch.optim.AdamW(trained, lr=1e-6)
             b = self.batch
             self.inputs = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "pixel_values": b.pixel_values,
                            "image_grid_thw": b.image_grid_thw,
