@@ -26,6 +26,8 @@ Where this differs from the paper or from its released script
    rewards are skipped whole, their KL term too.
  9 The boundary set is the nearest neighbours of every forget prompt in turn, within each kind of sample.
 10 Stage 2 trains the decoder's projections alone: embeddings, head and norms serve every prompt.
+11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
+12 What is kept may be a running mean of the weights (--average), not the last step's.
 """
 import argparse
 import copy
@@ -77,12 +79,14 @@ class Config:
     minibatch: int = opt(2, "stage 2: prompts per optimizer step", least=1)
     microbatch: int = opt(16, "stage 2: prompts per forward and backward; for memory alone", least=1)
     mix: float = opt(0.375, "stage 2: share of forget prompts and of boundary prompts", above=0, most=0.5)
-    rest: float = opt(0.7, "stage 2: chance to pass over prompts whose responses were last all worth the same", least=0, most=0.95)
+    rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
     lr_end: float = opt(1.0, "stage 2: share of it that is left at the last step; it falls in a line", above=0, most=1)
     weight_decay: float = opt(1e-2, "stage 2: weight decay of AdamW", least=0)
+    average: float = opt(0.0, "stage 2: decay of the running mean of the weights that is kept; 0: the last weights",
+                         least=0, most=0.999)
     clip: float = opt(0.2, "stage 2: epsilon of the PPO clip", above=0)
     kl: float = opt(0.1, "stage 2: beta, weight of the KL to the stage-1 model", least=0)
     grad_norm: float = opt(1.0, "stage 2: gradient norm is clipped to this", above=0)
@@ -277,6 +281,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
     reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
+    mean = [p.detach().clone().float() for p in trained] if cfg.average else []     # float32: bf16 loses its small steps
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
     stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
@@ -301,12 +306,16 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
         stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
         schedule.step()
+        accumulate_mean(mean, trained, cfg.average, step)
 
         seconds = time.perf_counter() - started
         report = {"stage": 2, "step": step, **step_report(texts, rewards, [roles[i] for i in rows], terms, keep),
                   "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
         log(report)
         bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
+    with torch.no_grad():
+        for p, kept in zip(trained, mean):
+            p.copy_(kept)
     model.requires_grad_(True)
 
 
@@ -364,6 +373,17 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
         optimizer.step()
         optimizer.zero_grad()
     return total
+
+
+@torch.no_grad()
+def accumulate_mean(mean, trained, decay, step):
+    """Running mean of the weights after a step, in place: of all steps so far at first, then exponential by `decay`.
+
+    Single steps of a policy gradient wander: which prompts of either side a step's weights get wrong is chance. Their
+    mean gets fewer wrong than any one of them.
+    """
+    for kept, p in zip(mean, trained):
+        kept.lerp_(p.to(kept.dtype), max(1 / step, 1 - decay))
 
 
 def response_logp(model, reference, batch, tokens, keep, cfg):

@@ -738,6 +738,16 @@ def test_prompts_that_rest_are_drawn_less(tiny):
     assert len(rows) == 6
 
 
+def test_running_mean_of_the_weights():
+    """Of all steps at first, then exponential: by hand, with decay 0.5 over weights 4, 8, 2; kept in float32."""
+    weights = [torch.zeros(2, dtype=torch.bfloat16)]
+    mean = [torch.full((2,), 100.0)]                                        # the first step replaces what was there
+    for step, (value, want) in enumerate([(4, 4.0), (8, 6.0), (2, 4.0)], 1):
+        weights[0].fill_(value)
+        asru.accumulate_mean(mean, weights, 0.5, step)
+        assert mean[0].tolist() == [want, want]
+
+
 # ------------------------------------------------------------------------------ the command
 
 
