@@ -13,7 +13,9 @@ import json
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -680,14 +682,21 @@ def main():
     if args.only in (None, "draw"):
         write_samples(people, names, rng)
     forgotten = [p for p in people if p.startswith("p")][:NUM_FORGET]
-    for name, absent in (("main", []), ("retrained", forgotten)):
-        if args.only in (None, name):
-            folder = DATA / {"main": "tiny-qwen3vl", "retrained": "retrained"}[name]
-            write_layout(folder, people, names)
-            if args.steps:
-                train(folder, people, names, absent, args.steps, args.seed)
-            for polish, steps in enumerate(args.polish, 1):
-                train(folder, people, names, absent, steps, args.seed, polish)
+    wanted = [(name, absent) for name, absent in (("main", []), ("retrained", forgotten)) if args.only in (None, name)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as side_by_side:
+        for done in [side_by_side.submit(make_model, name, people, names, absent, args) for name, absent in wanted]:
+            done.result()
+
+
+def make_model(name, people, names, absent, args):
+    """One model from nothing, on one thread: the two are trained side by side, and the weights do not hang on the machine's cores."""
+    torch.set_num_threads(1)
+    folder = DATA / {"main": "tiny-qwen3vl", "retrained": "retrained"}[name]
+    write_layout(folder, people, names)
+    if args.steps:
+        train(folder, people, names, absent, args.steps, args.seed)
+    for polish, steps in enumerate(args.polish, 1):
+        train(folder, people, names, absent, steps, args.seed, polish)
 
 
 if __name__ == "__main__":
