@@ -350,9 +350,10 @@ class Qwen3VL(nn.Module):
             logits = self.logits(hidden)
             logits[:, self.cfg.never_sampled] = -torch.inf
             return logits.argmax(-1)
-        p = self.distribution(hidden, temperature, top_p).exp()             # (n, V)
-        # Of V exponential clocks with rates p the first to ring is a sample of p; one of rate 0 never is.
-        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+        # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
+        mass = self.distribution(hidden, temperature, top_p).exp().cumsum(-1, dtype=torch.float64)      # (n, V)
+        point = torch.rand(len(mass), 1, dtype=torch.float64, generator=generator, device=mass.device) * mass[:, -1:]
+        return torch.searchsorted(mass, point, right=True)[:, 0]        # no token of p 0: there the sum does not rise
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, dtype=None, device=None):
@@ -423,7 +424,8 @@ class TextModel(nn.Module):
 
     def forward(self, x, positions, segments, slots, features, cache, hook):
         rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, 1, T, d / 2)
-        mask = visible(segments, cache)                                     # (B, 1, T, S)
+        mask = visible(segments, cache, x.dtype)                            # (B, 1, T, S)
+        mask = mask.repeat(1, 1, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, 1)   # (B, 1, H / K * T, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache, hook)                           # (B, T, D)
             if features is not None and i + 1 < len(features):  # DeepStack: detail enters after early layers
@@ -470,8 +472,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)                              # (B, K, T, d)
         if cache is not None:
             k, v = cache.write(self.index, k, v)                                    # (B, K, S, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))                   # (B, T, D)
+        # The H / K query heads of a key head are more queries of that head: no copy of keys, any kernel will do.
+        K = k.shape[1]
+        out = F.scaled_dot_product_attention(q.reshape(B, K, -1, self.head_dim), k, v, attn_mask=mask)
+        return self.o_proj(out.view(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))     # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -511,8 +515,9 @@ def nucleus_threshold(p, top_p, k=64):
     return top.gather(1, (before < top_p).sum(-1, keepdim=True) - 1)
 
 
-def visible(segments, cache):
-    """Which slot each token sees, (B, 1, T, S) bool: the prompt's and its own continuation's, up to itself."""
+def visible(segments, cache, dtype):
+    """(B, 1, T, S) to add to attention's scores: 0 where a token sees a slot, the prompt's and its own continuation's
+    up to itself; -inf elsewhere. Made once for all layers."""
     T = segments.shape[1]
     past = 0
     seen = segments
@@ -522,7 +527,8 @@ def visible(segments, cache):
         seen = cache.segments[:, :past + T]                                 # (B, S)
     mine = (seen[:, None, :] == 0) | (seen[:, None, :] == segments[:, :, None])     # (B, T, S)
     slot = torch.arange(past + T, device=segments.device)
-    return (mine & (slot[None, :] <= slot[past:, None]))[:, None]
+    seen = mine & (slot[None, :] <= slot[past:, None])
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)[:, None]
 
 
 # ------------------------------------------------------------------------------ positions
