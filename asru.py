@@ -276,11 +276,12 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     model.requires_grad_(False)
     trained = [p.requires_grad_(True) for p in model.text.layers.parameters() if p.dim() == 2]
     reference = frozen_copy(model) if cfg.kl else None
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    exact = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]   # what the optimizer moves
+    optimizer = torch.optim.AdamW(exact, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
     reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
-    mean = [p.detach().clone().float() for p in trained] if cfg.average else []     # float32: bf16 loses its small steps
+    mean = [p.detach().clone() for p in exact] if cfg.average else []
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
     stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
@@ -305,7 +306,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
         stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
         schedule.step()
-        accumulate_mean(mean, trained, cfg.average, step)
+        accumulate_mean(mean, exact, cfg.average, step)
 
         seconds = time.perf_counter() - started
         report = {"stage": 2, "step": step, **step_report(texts, rewards, [roles[i] for i in rows], terms, keep),
@@ -369,11 +370,26 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
             clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
             for name, value in (("loss", loss), ("kl", kl.sum() / count), ("clipped", clipped.sum() / count)):
                 total[name] += value.item() / len(minibatches)
-        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_norm)
-        total["grad_norm"] += norm.item() / len(minibatches)
-        optimizer.step()
-        optimizer.zero_grad()
+        total["grad_norm"] += optimizer_step(optimizer, trained, cfg.grad_norm) / len(minibatches)
     return total
+
+
+@torch.no_grad()
+def optimizer_step(optimizer, trained, limit):
+    """Clip the gradient, step, clear. Returns its norm before.
+
+    What the optimizer moves is float32: the trained weights themselves or, where they are bfloat16, the numbers that
+    they are rounded from. A step of 1e-6 is far below the last digit of a bfloat16 weight and would be lost each time.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(trained, limit).item()
+    pairs = [(e, p) for e, p in zip(optimizer.param_groups[0]["params"], trained) if e is not p]
+    for e, p in pairs:
+        e.grad, p.grad = p.grad.float(), None
+    optimizer.step()
+    optimizer.zero_grad()
+    for e, p in pairs:
+        p.copy_(e)
+    return norm
 
 
 @torch.no_grad()
@@ -384,7 +400,7 @@ def accumulate_mean(mean, trained, decay, step):
     mean gets fewer wrong than any one of them.
     """
     for kept, p in zip(mean, trained):
-        kept.lerp_(p.to(kept.dtype), max(1 / step, 1 - decay))
+        kept.lerp_(p, max(1 / step, 1 - decay))
 
 
 def response_logp(model, reference, batch, tokens, keep, cfg):

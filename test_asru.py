@@ -739,13 +739,27 @@ def test_prompts_that_rest_are_drawn_less(tiny):
 
 
 def test_running_mean_of_the_weights():
-    """Of all steps at first, then exponential: by hand, with decay 0.5 over weights 4, 8, 2; kept in float32."""
-    weights = [torch.zeros(2, dtype=torch.bfloat16)]
+    """Of all steps at first, then exponential: by hand, with decay 0.5 over weights 4, 8, 2."""
+    weights = [torch.zeros(2)]
     mean = [torch.full((2,), 100.0)]                                        # the first step replaces what was there
     for step, (value, want) in enumerate([(4, 4.0), (8, 6.0), (2, 4.0)], 1):
         weights[0].fill_(value)
         asru.accumulate_mean(mean, weights, 0.5, step)
         assert mean[0].tolist() == [want, want]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_steps_add_up_in_either_precision(dtype):
+    """200 steps of AdamW against a constant gradient move a weight by 200 learning rates; bfloat16 alone stays put."""
+    weight = torch.full((4,), 0.5, dtype=dtype, requires_grad=True)
+    exact = weight if dtype == torch.float32 else weight.detach().float()
+    optimizer = torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.0, fused=True)
+    for _ in range(200):
+        weight.sum().backward()
+        assert asru.optimizer_step(optimizer, [weight], 1.0) == pytest.approx(2.0)          # the norm of four ones
+    assert torch.allclose(weight.float(), torch.tensor(0.48), atol=2e-3) and weight.grad is None
+    alone = torch.full((4,), 0.5, dtype=torch.bfloat16)
+    assert torch.equal(alone - 1e-4, alone)
 
 
 # ------------------------------------------------------------------------------ the command

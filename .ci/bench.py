@@ -2,18 +2,20 @@
 
     python .ci/bench.py              the embedded model and a CPU shape (300 image tokens, prompt 350, response 40, G 8)
     python .ci/bench.py --quick      two pairs instead of five
+    python .ci/bench.py --cuda       the 2B, 4B and 8B shapes with random bfloat16 weights on one GPU
 
 A ratio is the median over alternating pairs of (transformers' time / ours). transformers does what TRL's GRPOTrainer asks of it:
 `generate` with every prompt repeated G times, then full rows of prompt and response through the policy (with gradient) and through
 the reference, the head at response positions, the same loss and optimizer. End tokens are switched off, so that both write as many.
+On CUDA each side has the GPU to itself, in a process of its own, and a ratio is that of two medians.
 """
 import argparse
 import copy
+import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -32,11 +34,16 @@ EMBEDDED = ROOT / "data/tiny-qwen3vl"
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two pairs instead of five")
-    parser.add_argument("--memory", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
+    parser.add_argument("--cuda", nargs="*", metavar="SHAPE", help="real shapes on one GPU: 2B 4B 8B, or some of them")
+    parser.add_argument("--alone", nargs=3, metavar=("WHAT", "SIDE", "CASE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory:
-        return print(peak_memory(*args.memory))
+    asru.set_up_torch()
+    if args.alone:
+        what, side, case = args.alone
+        return print(json.dumps({"memory": peak_memory, "cuda": cuda_side}[what](side, case)))
     pairs = 2 if args.quick else 5
+    if args.cuda is not None:
+        return cuda_table(args.cuda or ["2B", "4B", "8B"])
     torch.set_num_threads(2)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio = transformers / ours, median of {pairs} pairs (range)\n")
     print(f"{'case':10}{'what':30}{'ours':>10}{'transformers':>14}{'ratio':>8}   range")
@@ -45,10 +52,12 @@ def main():
         for what, ours, theirs in (("prefill", case.prefill, case.hf_prefill), ("decode", case.decode, case.hf_decode),
                                    ("GRPO step", case.step, case.hf_step)):
             row(name, what, *alternate(ours, theirs, pairs))
-        mine, other = (measure_memory(side, name) for side in ("ours", "transformers"))
+        mine, other = (alone("memory", side, name) for side in ("ours", "transformers"))
         print(f"{name:10}{'GRPO step, peak memory':30}{mine / 1e6:>7.0f} MB{other / 1e6:>11.0f} MB{other / mine:>8.2f}")
-    print("\nscaling of our GRPO step, cpu-shape: time / time of the row above it")
+    print(f"\nstage 1, 4B shape, 400 forget and 400 boundary keys of 9728, on {torch.get_num_threads()} threads: {redirection_seconds('cpu'):.2f} s")
+    print("\nscaling of our GRPO step, cpu-shape: time / time of the first row")
     scaling(pairs)
+    print("\nunmeasured here: --cuda (2B, 4B and 8B shapes)")
 
 
 def row(name, what, ours, theirs):
@@ -86,40 +95,70 @@ CPU_SHAPE = {       # between the embedded model and a real one: 300 image token
         "spatial_merge_size": 2, "in_channels": 3, "hidden_act": "gelu_pytorch_tanh"}}
 
 
+REAL_SHAPES = {     # hidden, layers, heads, MLP, tied; vision hidden, depth, MLP, DeepStack layers
+    "2B": (2048, 28, 16, 6144, True, 1024, 24, 4096, [5, 11, 17]),
+    "4B": (2560, 36, 32, 9728, True, 1024, 24, 4096, [5, 11, 17]),
+    "8B": (4096, 36, 32, 12288, False, 1152, 27, 4304, [8, 16, 24]),
+}
+
+
+def shape_of(name):
+    """config.json's dict of a case that has no checkpoint."""
+    if name == "cpu-shape":
+        return CPU_SHAPE
+    hidden, layers, heads, mlp, tied, vision, depth, vision_mlp, deepstack = REAL_SHAPES[name]
+    shape = copy.deepcopy(CPU_SHAPE)
+    shape["tie_word_embeddings"] = tied
+    shape["text_config"] |= {
+        "vocab_size": 151936, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": 128,
+        "num_key_value_heads": 8, "intermediate_size": mlp, "rope_theta": 5e6, "tie_word_embeddings": tied,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}}
+    shape["vision_config"] |= {
+        "hidden_size": vision, "depth": depth, "num_heads": 16, "intermediate_size": vision_mlp, "out_hidden_size": hidden,
+        "num_position_embeddings": 2304, "deepstack_visual_indexes": deepstack}
+    return shape
+
+
 class Case:
     """One model, its prompts, and the same work done by us and by transformers."""
 
-    def __init__(self, name, sides=("ours", "transformers"), G=8, prompt=350, response=40):
+    def __init__(self, name, sides=("ours", "transformers"), device="cpu", Q=2, G=8, prompt=350, response=40):
         torch.manual_seed(0)
+        self.Q, self.G, self.R = (16, 8, 20) if name == "embedded" else (Q, G, response)
         if name == "embedded":
-            self.Q, self.G, self.R = 16, 8, 20
-            folder = EMBEDDED
+            self.model = Qwen3VL.from_pretrained(EMBEDDED)
+            self.batch, self.pool = embedded_prompts(self.model, self.Q)
         else:
-            self.Q, self.G, self.R = 2, G, response
-            self.dir = tempfile.TemporaryDirectory()
-            folder = Path(self.dir.name)
-            Qwen3VL(Qwen3VLConfig.from_dict(CPU_SHAPE)).save_pretrained(folder)
-        self.model = Qwen3VL.from_pretrained(folder)
-        self.batch, self.pool = embedded_prompts(self.model, self.Q) if name == "embedded" else random_prompts(self.model, self.Q, prompt)
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            with torch.device(device):
+                self.model = Qwen3VL(Qwen3VLConfig.from_dict(shape_of(name))).to(dtype).eval()
+            self.batch, self.pool = random_prompts(self.model, self.Q, prompt)
         object.__setattr__(self.model.cfg, "eos_token_ids", ())
-        self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, top_p=1.0, prompts=self.Q, minibatch=self.Q, microbatch=self.Q)
-        self.reward, self.generator = Reward(), torch.Generator().manual_seed(0)
-        if "ours" in sides:
-            self.model.requires_grad_(False)
-            self.trained = [p.requires_grad_(True) for p in self.model.text.layers.parameters() if p.dim() == 2]
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
-            self.reference = asru.frozen_copy(self.model)
+        self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, top_p=1.0, prompts=self.Q, minibatch=self.Q,
+                               microbatch=self.Q if device == "cpu" else 2)
+        self.reward, self.generator = Reward(), torch.Generator(device).manual_seed(0)
         if "transformers" in sides:
-            from transformers import Qwen3VLForConditionalGeneration
-            self.hf = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            from transformers import Qwen3VLConfig as HfConfig, Qwen3VLForConditionalGeneration
+            raw = self.model.cfg.raw
+            with torch.device(device):
+                self.hf = Qwen3VLForConditionalGeneration(HfConfig(**{k: v for k, v in raw.items() if k != "model_type"}))
+            self.hf = self.hf.to(self.model.lm_head.weight.dtype).eval()
+            self.hf.load_state_dict(self.model.state_dict())
             self.hf.requires_grad_(False)
             self.hf_reference = copy.deepcopy(self.hf)
             trained = [p.requires_grad_(True) for p in self.hf.model.language_model.layers.parameters() if p.dim() == 2]
-            self.hf_optimizer = torch.optim.AdamW(trained, lr=1e-6)
+            self.hf_optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
             b = self.batch
             self.inputs = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "pixel_values": b.pixel_values,
                            "image_grid_thw": b.image_grid_thw,
                            "mm_token_type_ids": (b.input_ids == self.model.cfg.image_token_id).int()}
+        if "ours" in sides:
+            self.model.requires_grad_(False)
+            self.trained = [p.requires_grad_(True) for p in self.model.text.layers.parameters() if p.dim() == 2]
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
+            self.reference = asru.frozen_copy(self.model)
+        else:
+            self.model.to("meta")
 
     # -- ours
 
@@ -141,7 +180,7 @@ class Case:
         texts = [[" ".join(map(str, row)) for row in group] for group in tokens.tolist()]
         samples = [{"question": "?", "answer": group[0]} for group in texts]
         rewards, _ = self.reward(texts, samples, ["retain"] * self.Q, [None] * self.Q)
-        return torch.tensor(rewards)
+        return torch.tensor(rewards, device=self.model.device)
 
     # -- transformers, as GRPOTrainer uses it
 
@@ -162,7 +201,7 @@ class Case:
         advantage = asru.group_advantage(rewards).flatten()[:, None]
         repeated = {name: value.repeat_interleave(self.G, 0) for name, value in self.inputs.items()
                     if name in ("attention_mask", "mm_token_type_ids")}
-        ones = torch.ones(len(ids), self.R, dtype=torch.long)
+        ones = torch.ones(len(ids), self.R, dtype=torch.long, device=ids.device)
         rows = self.inputs["image_grid_thw"].prod(1).tolist()
         full = {"input_ids": ids, "attention_mask": torch.cat([repeated["attention_mask"], ones], 1),
                 "mm_token_type_ids": torch.cat([repeated["mm_token_type_ids"], 0 * ones.int()], 1),
@@ -197,11 +236,29 @@ def random_prompts(model, Q, length, h=30, w=40):
     body = torch.randint(10, 8000, (Q, length - M - 2))
     ids = torch.cat([torch.full((Q, 1), 3), torch.full((Q, M), 6), torch.full((Q, 1), 4), body], 1)
     grids = torch.tensor([[1, h, w]] * Q)
-    batch = Batch(ids, torch.ones_like(ids), torch.randn(Q * h * w, 3 * 2 * 16 * 16), grids)
+    batch = Batch(ids, torch.ones_like(ids), torch.randn(Q * h * w, 3 * 2 * 16 * 16), grids).to(model.device)
     with torch.no_grad():
-        features = model.encode_images(batch.pixel_values.to(model.device, model.lm_head.weight.dtype), grids)
+        features = model.encode_images(batch.pixel_values, grids)
     pictures = {str(q): (grids[q], features[q]) for q in range(Q)}
     return batch, Prompts([{"image": str(q), "question": "?", "answer": "?"} for q in range(Q)], list(ids), pictures)
+
+
+def redirection_seconds(device):
+    """Solving for stage 1's change of one down_proj of the 4B shape, answer tokens left out as in the paper."""
+    keys = [torch.randn(400, 9728, dtype=torch.double, device=device) for _ in range(2)]
+    shift = torch.randn(400, 2560, dtype=torch.double, device=device)
+    return seconds(lambda: asru.solve_redirection(keys[0], shift, keys[1:], 1e-4), device)
+
+
+def seconds(run, device="cpu"):
+    """Of one call, after a first one to warm up."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    run()
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
 
 
 def scaling(pairs):
@@ -225,13 +282,14 @@ def scaling(pairs):
 # ------------------------------------------------------------------------------ memory
 
 
-def measure_memory(side, case):
-    """Peak resident memory of one GRPO step over what is held before it, in bytes, in a process of its own."""
-    found = subprocess.run([sys.executable, __file__, "--memory", side, case], capture_output=True, text=True, check=True)
-    return int(found.stdout.split()[-1])
+def alone(what, side, case):
+    """A measurement in a process of its own."""
+    found = subprocess.run([sys.executable, __file__, "--alone", what, side, case], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
 
 
 def peak_memory(side, name):
+    """Peak resident memory of one GRPO step over what is held before it, in bytes."""
     torch.set_num_threads(2)
     case = Case(name, (side,))
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -239,6 +297,74 @@ def peak_memory(side, name):
     (case.step if side == "ours" else case.hf_step)()
     peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return peak - before
+
+
+# ------------------------------------------------------------------------------ one GPU
+
+
+def cuda_table(names):
+    """Real shapes with random weights: what share of the machine each part reaches, and the step against transformers'."""
+    if not torch.cuda.is_available():
+        sys.exit("bench.py: --cuda needs a GPU, and this machine or this build of torch has none")
+    rate, bandwidth = machine_limits("cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s bf16, {bandwidth / 1e9:.0f} GB/s, both measured")
+    print(f"stage 1, 4B shape, 400 forget and 400 boundary keys: {redirection_seconds('cuda'):.2f} s\n")
+    print(f"{'shape':8}{'prefill':>10}{'decode':>10}{'update':>10}{'step':>10}{'transformers':>14}{'ratio':>8}{'memory':>10}{'transformers':>14}")
+    for name in names:
+        mine, other = alone("cuda", "ours", name), alone("cuda", "transformers", name)
+        cell = lambda text, found, *of: format(of[0] * found[of[1]], of[2]) + text if of[1] in found else "no memory"
+        ratio = f"{other['step'] / mine['step']:.2f}" if "step" in mine and "step" in other else "-"
+        print(f"{name:8}{cell(' %', mine, 100 / rate, 'prefill', '.0f'):>10}{cell(' %', mine, 100 / bandwidth, 'decode', '.0f'):>10}"
+              f"{cell(' %', mine, 100 / rate, 'update', '.0f'):>10}{cell(' s', mine, 1, 'step', '.2f'):>10}"
+              f"{cell(' s', other, 1, 'step', '.2f'):>14}{ratio:>8}{cell(' GB', mine, 1e-9, 'memory', '.1f'):>10}"
+              f"{cell(' GB', other, 1e-9, 'memory', '.1f'):>14}")
+    print("\nprefill, update: share of the matrix rate; decode, 64 rows: share of the bandwidth; step: 16 prompts of 350, G 8, 50 new tokens")
+
+
+def machine_limits(device, n=8192):
+    """What this GPU does at best: bf16 matrix products in FLOP/s, copying in bytes/s."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    many = lambda run: lambda: [run() for _ in range(20)]
+    rate = 20 * 2 * n**3 / seconds(many(lambda: a @ a), device)
+    b = torch.empty(2**30, dtype=torch.uint8, device=device)
+    return rate, 20 * 2 * 2**30 / seconds(many(b.clone), device)
+
+
+def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
+    """FLOP/s of prefill and update, bytes/s of decoding, seconds and peak bytes of a step; what lacks memory is absent."""
+    found = {}
+    try:
+        case = Case(name, (side,), device, Q=Q, prompt=P, response=R)
+        if side == "ours":
+            weights = sum(p.numel() for p in case.trained)                  # a token's products are two FLOP with each
+            head = case.model.lm_head.weight.numel()
+            found["prefill"] = 2 * weights * Q * P / seconds(case.prefill, device)
+            found["decode"] = decode_rate(case, weights + head, device)
+            rows = list(range(Q))
+            tokens, keep = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
+            advantage = torch.randn(Q, case.G, device=device)
+            update = lambda: asru.update(case.model, case.reference, case.optimizer, case.trained, case.pool, rows, tokens, keep,
+                                         advantage, rows, case.cfg)
+            body, spoken = 2 * weights * Q * (P + case.G * (R - 1)), 2 * head * Q * case.G * R
+            found["update"] = 4 * (body + spoken) / seconds(update, device)        # reference 1, policy forward 1 and backward 2
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        found["step"] = seconds(case.step if side == "ours" else case.hf_step, device)
+        found["memory"] = torch.cuda.max_memory_allocated() if device != "cpu" else 0
+    except torch.OutOfMemoryError:
+        pass
+    return found
+
+
+def decode_rate(case, weights, device, rows=64):
+    """Bytes that a decoding step must read, weights and cache, per second."""
+    text, Q = case.model.cfg.text, rows // case.G
+    batch = case.pool.batch(range(Q), device)
+    P, R = batch.input_ids.shape[1], case.R
+    generate = lambda n: seconds(lambda: case.model.generate(batch, n, case.G, 1.5, 1.0, case.generator), device)
+    step = (generate(R) - generate(1)) / (R - 1)
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * Q * (P + case.G * R / 2)
+    return case.model.lm_head.weight.element_size() * (weights + cache) / step
 
 
 if __name__ == "__main__":
