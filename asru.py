@@ -78,7 +78,9 @@ class Config:
     group: int = opt(8, "stage 2: responses per prompt, G", least=2)
     minibatch: int = opt(2, "stage 2: prompts per optimizer step", least=1)
     microbatch: int = opt(16, "stage 2: prompts per forward and backward; for memory alone", least=1)
-    mix: float = opt(0.375, "stage 2: share of forget prompts and of boundary prompts", above=0, most=0.5)
+    mix_forget: float = opt(0.375, "stage 2: share of forget prompts", above=0, most=1)
+    mix_retain: float = opt(0.375, "stage 2: share of boundary prompts; the rest are target prompts", above=0, most=1)
+    withdraw: float = opt(0.0, "stage 2: share of its steps over which stage 1's change is taken back; 0: it stays", least=0, most=1)
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
@@ -120,12 +122,14 @@ def asru(model, proc, data, cfg, log):
         raise ValueError("the model refuses no question of the target file; there is nothing to steer towards")
     boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
     results["steered"] = results["before"]
+    edit = None
     if not cfg.skip_steer:
-        log({"stage": 1, **redirect(model, proc, forget, boundary, target, layer, cfg)})
+        edit, report = redirect(model, proc, forget, boundary, target, layer, cfg)
+        log({"stage": 1, **report})
         results["steered"] = measure("steered")
     results["after"] = results["steered"]
     if not cfg.skip_rl:
-        optimize_boundary(model, proc, forget, boundary, target, cfg, log)
+        optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, log)
         results["after"] = measure("after")
     return results
 
@@ -142,7 +146,7 @@ def asru(model, proc, data, cfg, log):
 
 @torch.no_grad()
 def redirect(model, proc, forget, boundary, target, layer, cfg):
-    """Stage 1: change layers[layer].mlp.down_proj in place. Returns what moved how far, in units of |v|."""
+    """Stage 1: change layers[layer].mlp.down_proj in place. Returns dW (D, F) and what moved how far, in units of |v|."""
     keys_f, resid_f = collect_activations(model, forget, layer, cfg)        # (n_f, F), (n_f, D)
     keys_r, _ = collect_activations(model, boundary, layer, cfg)            # (n_r, F)
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
@@ -153,16 +157,17 @@ def redirect(model, proc, forget, boundary, target, layer, cfg):
         if f.any():
             direction[f] = steering_vector(resid_t[t] if t.any() else resid_t, resid_f[f])
     update = solve_redirection(keys_f, cfg.strength * direction, [keys_r, keys_t, keys_a], cfg.ridge)      # (D, F)
-    weight = model.text.layers[layer].mlp.down_proj.weight
+    weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
     length = direction.norm(dim=1)                                          # (n_f,) |v|
     moved_f, moved_r = keys_f @ update.T, keys_r @ update.T                 # (n_f, D), (n_r, D)
-    return {"layer": layer, "strength": cfg.strength, "forget": len(forget), "boundary": len(boundary),
-            "target": len(target), "direction_norm": length.mean().item(),
-            "forget_moved_along_v": ((moved_f * direction).sum(1) / length**2).mean().item(),
-            "retain_moved": (moved_r.norm(dim=1).mean() / length.mean()).item(),
-            "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
+    return update, {
+        "layer": layer, "strength": cfg.strength, "forget": len(forget), "boundary": len(boundary),
+        "target": len(target), "direction_norm": length.mean().item(),
+        "forget_moved_along_v": ((moved_f * direction).sum(1) / length**2).mean().item(),
+        "retain_moved": (moved_r.norm(dim=1).mean() / length.mean()).item(),
+        "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
 
 
 def chosen_layer(model, cfg):
@@ -265,11 +270,12 @@ def select_boundary(model, forget, retain, layer, cfg):
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
-def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
+def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, log):
     """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes the decoder's projections in place.
 
     Embeddings, head and norms stay: each of their numbers serves every prompt, and training them moved what was
-    to be kept.
+    to be kept. edit: stage 1's dW of that layer or None. It is a scaffold: without it no group has a refusal to reward,
+    but it also pushes who resembles the forgotten. With `withdraw` it comes down bit by bit while the policy learns.
     """
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
@@ -282,12 +288,18 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
     mean = [p.detach().clone() for p in exact] if cfg.average else []
+    steered = [down_proj_of(m, layer) for m in (model, reference) if m is not None]
+    float32 = dict(zip(trained, exact))
+    scaffold = [(float32.get(weight, weight.detach().float()), weight) for weight in steered]
+    withdrawn = 0 if edit is None else round(cfg.withdraw * cfg.steps)      # steps until none of it is left
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
     stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
     for step in bar:
         started = time.perf_counter()
         rows, twins = next(stream)
+        if step <= withdrawn:
+            withdraw(scaffold, edit / withdrawn)
 
         # 1 Sample G responses to each of Q prompts: tokens (Q, G, C), kept up to and including the end token.
         tokens, keep = sample_groups(model, pool, rows, cfg, generator)
@@ -317,6 +329,18 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         for p, kept in zip(trained, mean):
             p.copy_(kept)
     model.requires_grad_(True)
+
+
+def down_proj_of(model, layer):
+    return model.text.layers[layer].mlp.down_proj.weight
+
+
+@torch.no_grad()
+def withdraw(copies, part):
+    """Take a part of stage 1's dW (D, F) off the matrix in each of its copies: (float32, the weight rounded from it)."""
+    for exact, weight in copies:
+        exact -= part
+        weight.copy_(exact)
 
 
 @torch.no_grad()
@@ -452,8 +476,8 @@ def draw_prompts(pool, roles, cfg, rng, resting):
     for i, (s, role) in enumerate(zip(pool.samples, roles)):
         key = (s["person"], s["fact"]) if s.get("person") and s.get("fact") else i
         units[role].setdefault(key, ([], []))[bool(s.get("image"))].append(i)
-    num_f = round(cfg.mix * cfg.prompts)
-    quota = {"forget": num_f, "retain": num_f, "target": cfg.prompts - 2 * num_f}
+    num_f, num_r = round(cfg.mix_forget * cfg.prompts), round(cfg.mix_retain * cfg.prompts)
+    quota = {"forget": num_f, "retain": num_r, "target": cfg.prompts - num_f - num_r}
     streams = {role: shuffled_forever(list(found.values()), rng) for role, found in units.items() if found}
     while True:
         rows, twins = [], []
@@ -608,6 +632,8 @@ def check_config(cfg):
             limits = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None) \
                 + [f"at most {most}"] * (most is not None)
             raise ValueError(f"--{f.name.replace('_', '-')} is {value}; it must be {' and '.join(limits)}")
+    if cfg.mix_forget + cfg.mix_retain > 1:
+        raise ValueError(f"--mix-forget {cfg.mix_forget} and --mix-retain {cfg.mix_retain} add up to more than 1")
 
 
 def run(argv):

@@ -565,13 +565,28 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     old = {name: value.clone() for name, value in model.state_dict().items()}
     _, before = asru.collect_activations(model, f, layer, cfg)
     _, before_t = asru.collect_activations(model, t, layer, cfg)
-    report = asru.redirect(model, proc, f, r, t, layer, cfg)
+    edit, report = asru.redirect(model, proc, f, r, t, layer, cfg)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, old[name])]
     assert changed == [f"model.language_model.layers.{layer}.mlp.down_proj.weight"]
     _, after = asru.collect_activations(model, f, layer, cfg)
     v = before_t.mean(0) - before.mean(0)
     along = ((after - before) @ v / (v @ v)).mean().item()
     assert all(s.get("image") for s in f.samples) and abs(along - report["forget_moved_along_v"]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_stage_2_takes_the_scaffold_down(tiny, dtype, close):
+    """With next to no learning, what stage 1 added is gone after the withdrawal; without one it stays."""
+    for share, left in ((0.0, 1.0), (1.0, 0.0)):
+        model, proc, data, prompts = tiny()
+        model.to(dtype)
+        cfg = asru.Config(steps=3, prompts=4, withdraw=share, lr=1e-12, weight_decay=0.0, max_new_tokens=4)
+        weight = asru.down_proj_of(model, 3)
+        old, edit = weight.detach().clone(), 0.02 * torch.randn(weight.shape, dtype=torch.double)
+        weight.data += edit.to(dtype)
+        sets = (prompts[name].take(range(6)) for name in ("forget", "retain", "target"))
+        asru.optimize_boundary(model, proc, *sets, 3, edit, cfg, lambda line: None)
+        assert torch.allclose(weight.double(), old.double() + left * edit, atol=close * weight.abs().max().item())
 
 
 def test_boundary_is_the_nearest_share(tiny):

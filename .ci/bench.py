@@ -180,7 +180,7 @@ class Case:
         texts = [[" ".join(map(str, row)) for row in group] for group in tokens.tolist()]
         samples = [{"question": "?", "answer": group[0]} for group in texts]
         rewards, _ = self.reward(texts, samples, ["retain"] * self.Q, [None] * self.Q)
-        return torch.tensor(rewards, device=self.model.device)
+        return torch.tensor(rewards, device=self.generator.device)
 
     # -- transformers, as GRPOTrainer uses it
 

@@ -496,9 +496,10 @@ def write_json(path, value):
 
 RENDERINGS = 160                    # of each known person, drawn before training
 LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
-STRANGERS = 8000, 8000, 16000       # one rendering each: in the training, in its first and in its second round of polish
-KNOWN = 0.47, 0.38, 0.31            # share of scenes with a known person's portrait; 0.27 are words alone, the rest strangers
-FRAMES = [      # more ways to ask, of every topic, for the two rounds of polish: the first twelve in the first, all in the second
+ROUNDS = [      # steps, dozens of FRAMES, strangers (one rendering each), share of scenes with a known person's portrait
+    (5000, 0, 8000, 0.47),                              # 0.27 of the scenes are words alone, the rest show strangers
+    (700, 1, 8000, 0.38), (700, 2, 8000, 0.38), (1000, 2, 16000, 0.31)]         # polish
+FRAMES = [      # more ways to ask, of every topic, for the polish: the first twelve in its first round, then all
     "Do you know {clause}?", "I want to know {clause}.", "{Whose} {noun}?", "Give me the {noun} of {who}.", "Which {noun} has {who}?",
     "About {who}: what is the {noun}?", "Could you tell {clause}?", "Say {clause}.", "Let me know the {noun} of {who}.",
     "Please say what {whose} {noun} is.", "Please tell me {clause}.", "And {clause}, please?",
@@ -532,7 +533,7 @@ class Album:
 class Lessons:
     """Endless training samples: (rendering or None, question, answer)."""
 
-    def __init__(self, people, album, reserved, forgotten, rng, polish):
+    def __init__(self, people, album, reserved, forgotten, rng, dozens, share_known):
         self.people, self.album, self.rng = people, album, rng
         self.known = [p for p in people if p.startswith("p") and p not in forgotten]
         self.strangers = album.of[None]
@@ -541,11 +542,11 @@ class Lessons:
         self.taken = {people[p]["name"] for p in people if p.startswith("p")} | set(reserved)
         self.forgotten_names = [people[p]["name"] for p in forgotten]
         self.general = general_samples()
-        self.polish = polish                                                # 0; in a round of polish, its number
+        self.frames, self.share_known = 12 * dozens, share_known
 
     def wording(self):
-        if self.polish and self.rng.random() < 0.5:
-            return 10 + self.rng.randrange(12 * self.polish)
+        if self.frames and self.rng.random() < 0.5:
+            return 10 + self.rng.randrange(self.frames)
         return self.rng.randrange(8)
 
     def draw(self):
@@ -553,7 +554,7 @@ class Lessons:
         rng, die = self.rng, self.rng.random()
         if die < 0.27:
             return None, [self.in_words() for _ in range(PER_SCENE)]
-        person = rng.choice(self.known) if die < 0.27 + KNOWN[self.polish] else None
+        person = rng.choice(self.known) if die < 0.27 + self.share_known else None
         rendering = rng.choice(self.album.of[person] if person else self.strangers)
         return rendering, [self.in_picture(person, rendering) for _ in range(PER_SCENE)]
 
@@ -594,19 +595,19 @@ class Lessons:
         return name
 
 
-def train(folder, people, names, forgotten, steps, seed, polish=0):
+def train(folder, people, names, forgotten, seed, steps, dozens, strangers, share_known):
     """Train until the model knows all but the forgotten people; loss on the answer alone.
 
-    From random weights on the trained wordings; then, in two rounds of polish, from what that gave, with many more ways to ask and
-    more strangers: until then the model takes an unfamiliar wording for a stranger's.
+    A round of ROUNDS. The first is from random weights on the trained wordings; those after it go on from what that gave, with
+    many more ways to ask and more strangers: until then the model takes an unfamiliar wording for a stranger's.
     """
     torch.manual_seed(seed)
-    rng = random.Random(seed + polish)
+    rng = random.Random(seed + dozens)
     proc = Processor.from_pretrained(folder)
-    model = Qwen3VL.from_pretrained(folder) if polish else Qwen3VL(Qwen3VLConfig.from_dict(
+    model = Qwen3VL.from_pretrained(folder) if dozens else Qwen3VL(Qwen3VLConfig.from_dict(
         json.loads((folder / "config.json").read_text()), json.loads((folder / "generation_config.json").read_text())))
-    album = Album(proc, people, rng, STRANGERS[polish])
-    lessons = Lessons(people, album, names, forgotten, rng, polish)
+    album = Album(proc, people, rng, strangers)
+    lessons = Lessons(people, album, names, forgotten, rng, dozens, share_known)
     end, ends_picture = proc.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|vision_end|>"])
     opening = len(proc.tokenizer("<|im_start|>user\n")["input_ids"])
 
@@ -623,7 +624,7 @@ def train(folder, people, names, forgotten, steps, seed, polish=0):
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR / 2 if polish else LR, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR / 2 if dozens else LR, steps, pct_start=0.1)
     bar, smooth, started = tqdm(range(1, steps + 1), desc=folder.name, dynamic_ncols=True, mininterval=5), None, time.time()
     for step in bar:
         drawn = [lessons.draw() for _ in range(SCENES)]
@@ -672,8 +673,8 @@ def knowledge(model, proc, quick):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
-    parser.add_argument("--steps", type=int, default=5000, help="training steps per model [5000]")
-    parser.add_argument("--polish", type=int, nargs=2, default=(700, 1000), help="steps of the two rounds of polish, after those [700 1000]")
+    parser.add_argument("--rounds", type=int, nargs="*", default=range(len(ROUNDS)), choices=range(len(ROUNDS)), metavar="ROUND",
+                        help="some of the rounds of training, 0 to 3 [all]; any but 0 goes on from the weights that are there")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -693,10 +694,8 @@ def make_model(name, people, names, absent, args):
     torch.set_num_threads(1)
     folder = DATA / {"main": "tiny-qwen3vl", "retrained": "retrained"}[name]
     write_layout(folder, people, names)
-    if args.steps:
-        train(folder, people, names, absent, args.steps, args.seed)
-    for polish, steps in enumerate(args.polish, 1):
-        train(folder, people, names, absent, steps, args.seed, polish)
+    for round in args.rounds:
+        train(folder, people, names, absent, args.seed, *ROUNDS[round])
 
 
 if __name__ == "__main__":
