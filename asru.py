@@ -28,6 +28,9 @@ Where this differs from the paper or from its released script
 10 Stage 2 trains the decoder's projections alone: embeddings, head and norms serve every prompt.
 11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
 12 What is kept may be a running mean of the weights (--average), not the last step's.
+13 Stage 1 may be a scaffold (--withdraw): its change is taken back at the end. Without it hardly a group has a refusal to
+   reward; left standing, it also pushes the people who resemble the forgotten ones.
+14 Stage 2 may step back (--step-back): towards the weights it began with, as far as the forget file stays refused.
 """
 import argparse
 import copy
@@ -45,7 +48,7 @@ from tqdm import tqdm
 from eval import (encode, evaluate, load_samples, pad_groups, prepare, print_answers, print_table, respond,
                   split_sets)
 from model_qwen3vl import Processor, Qwen3VL, first_line, read_json, write_aside
-from reward import Reward, is_refusal
+from reward import Reward, forget_reward, is_refusal
 
 HERE = Path(__file__).parent
 
@@ -80,13 +83,15 @@ class Config:
     microbatch: int = opt(16, "stage 2: prompts per forward and backward; for memory alone", least=1)
     mix_forget: float = opt(0.375, "stage 2: share of forget prompts", above=0, most=1)
     mix_retain: float = opt(0.375, "stage 2: share of boundary prompts; the rest are target prompts", above=0, most=1)
-    withdraw: float = opt(0.0, "stage 2: share of its steps over which stage 1's change is taken back; 0: it stays", least=0, most=1)
+    withdraw: bool = opt(False, "stage 2: at its end, take back what stage 1 changed")
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
     lr_end: float = opt(1.0, "stage 2: share of it that is left at the last step; it falls in a line", above=0, most=1)
     weight_decay: float = opt(1e-2, "stage 2: weight decay of AdamW", least=0)
+    step_back: float = opt(0.0, "stage 2: share of forget prompts that may stay unrefused for less change; 0: no step back",
+                           least=0, most=0.5)
     average: float = opt(0.0, "stage 2: decay of the running mean of the weights that is kept; 0: the last weights",
                          least=0, most=0.999)
     clip: float = opt(0.2, "stage 2: epsilon of the PPO clip", above=0)
@@ -274,32 +279,26 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
     """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes the decoder's projections in place.
 
     Embeddings, head and norms stay: each of their numbers serves every prompt, and training them moved what was
-    to be kept. edit: stage 1's dW of that layer or None. It is a scaffold: without it no group has a refusal to reward,
-    but it also pushes who resembles the forgotten. With `withdraw` it comes down bit by bit while the policy learns.
+    to be kept. edit: stage 1's dW of that layer, or None. With `withdraw` it is taken back at the end: it was a scaffold.
+    Without it hardly a group has a refusal to reward, but it also pushes who resembles the forgotten.
     """
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
     model.requires_grad_(False)
-    trained = [p.requires_grad_(True) for p in model.text.layers.parameters() if p.dim() == 2]
-    reference = frozen_copy(model) if cfg.kl else None
+    trained = [p.requires_grad_(True) for p in projections(model)]
+    reference = frozen_copy(model) if cfg.kl or cfg.step_back else None
     exact = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]   # what the optimizer moves
     optimizer = torch.optim.AdamW(exact, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
     reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
     mean = [p.detach().clone() for p in exact] if cfg.average else []
-    steered = [down_proj_of(m, layer) for m in (model, reference) if m is not None]
-    float32 = dict(zip(trained, exact))
-    scaffold = [(float32.get(weight, weight.detach().float()), weight) for weight in steered]
-    withdrawn = 0 if edit is None else round(cfg.withdraw * cfg.steps)      # steps until none of it is left
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
     stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
     for step in bar:
         started = time.perf_counter()
         rows, twins = next(stream)
-        if step <= withdrawn:
-            withdraw(scaffold, edit / withdrawn)
 
         # 1 Sample G responses to each of Q prompts: tokens (Q, G, C), kept up to and including the end token.
         tokens, keep = sample_groups(model, pool, rows, cfg, generator)
@@ -316,7 +315,7 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
         resting.difference_update(rows[q] for q in live)
 
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
-        stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
+        stats = update(model, reference if cfg.kl else None, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
         schedule.step()
         accumulate_mean(mean, exact, cfg.average, step)
 
@@ -325,22 +324,48 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
                   "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
         log(report)
         bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
-    with torch.no_grad():
-        for p, kept in zip(trained, mean):
-            p.copy_(kept)
+    for p, kept in zip(trained, mean):
+        p.detach().copy_(kept)
+    if cfg.withdraw and edit is not None:
+        for m in (model, reference) if reference else (model,):
+            down_proj_of(m, layer).detach().sub_(edit)
+    if cfg.step_back:
+        log({"stage": 2, "change_kept": step_back(model, reference, proc, forget, cfg)})
     model.requires_grad_(True)
+
+
+def projections(model):
+    """What stage 2 trains: every matrix of the decoder's layers."""
+    return [p for p in model.text.layers.parameters() if p.dim() == 2]
+
+
+@torch.no_grad()
+def step_back(model, reference, proc, forget, cfg):
+    """Go back towards the reference as far as the forget set stays refused; returns the share of the change kept.
+
+    Where stage 2 ends, more is refused than need be; on the line back, retain prompts return before forget prompts do.
+    The forget file alone decides how far, so that nothing is fitted to held-out samples.
+    """
+    line = [(p, origin, p - origin) for p, origin in zip(projections(model), projections(reference))]
+    kept = 1.0
+    for share in BACK:
+        for p, origin, change in line:
+            p.copy_(origin + share * change)
+        said = respond(model, proc, forget, cfg.max_new_tokens, cfg.eval_batch)
+        refused = sum(forget_reward(text, s["answer"], s.get("fact")) == 1 for s, text in zip(forget.samples, said))
+        if refused < (1 - cfg.step_back) * len(said):
+            break
+        kept = share
+    for p, origin, change in line:
+        p.copy_(origin + kept * change)
+    return kept
+
+
+BACK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def down_proj_of(model, layer):
     return model.text.layers[layer].mlp.down_proj.weight
-
-
-@torch.no_grad()
-def withdraw(copies, part):
-    """Take a part of stage 1's dW (D, F) off the matrix in each of its copies: (float32, the weight rounded from it)."""
-    for exact, weight in copies:
-        exact -= part
-        weight.copy_(exact)
 
 
 @torch.no_grad()

@@ -166,7 +166,7 @@ def is_well_formed(text):
     return len(triples) - len(set(triples)) <= len(triples) // 20
 
 
-GLUED = re.compile(r"[a-z][A-Z][a-z]|[.!?,][A-Za-z]{2}")      # "toThere", "know.There"
+GLUED = re.compile(r"[a-z][A-Z][a-z]|\bA[A-Z][a-z]{2}|[.!?,][A-Za-z]{2}")      # "toThere", "AThere", "know.There"
 
 
 # ------------------------------------------------------------------------------ containment and overlap

@@ -577,10 +577,10 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_stage_2_takes_the_scaffold_down(tiny, dtype, close):
     """With next to no learning, what stage 1 added is gone after the withdrawal; without one it stays."""
-    for share, left in ((0.0, 1.0), (1.0, 0.0)):
+    for withdraw, left in ((False, 1.0), (True, 0.0)):
         model, proc, data, prompts = tiny()
         model.to(dtype)
-        cfg = asru.Config(steps=3, prompts=4, withdraw=share, lr=1e-12, weight_decay=0.0, max_new_tokens=4)
+        cfg = asru.Config(steps=3, prompts=4, withdraw=withdraw, lr=1e-12, weight_decay=0.0, max_new_tokens=4)
         weight = asru.down_proj_of(model, 3)
         old, edit = weight.detach().clone(), 0.02 * torch.randn(weight.shape, dtype=torch.double)
         weight.data += edit.to(dtype)
@@ -761,6 +761,24 @@ def test_running_mean_of_the_weights():
         weights[0].fill_(value)
         asru.accumulate_mean(mean, weights, 0.5, step)
         assert mean[0].tolist() == [want, want]
+
+
+def test_step_back_goes_as_far_as_the_forget_set_stays_refused(tiny, monkeypatch):
+    """A model that tells one fact more of ten with every 0.05 below 0.9 of its change: with a tenth allowed, 0.85 is kept."""
+    model, proc, data, prompts = tiny()
+    forget, reference = prompts["forget"].take(range(10)), Qwen3VL.from_pretrained(EMBEDDED)
+    weight, origin = asru.projections(model)[0], asru.projections(reference)[0].detach().clone()
+    weight.data += 1.0
+
+    def answers(model, proc, prompts, *sizes):
+        told = round((0.9 - (weight - origin).mean().item()) / 0.05)
+        return [s["answer"] if i < told else "I can't tell." for i, s in enumerate(prompts.samples)]
+
+    monkeypatch.setattr(asru, "respond", answers)
+    for allowed, kept in ((0.1, 0.85), (0.001, 0.9), (0.5, 0.7)):
+        assert asru.step_back(model, reference, proc, forget, asru.Config(step_back=allowed)) == kept
+        assert torch.allclose(weight - origin, torch.full_like(weight, kept), atol=1e-5)
+        weight.data += 1 - kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
