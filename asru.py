@@ -90,7 +90,7 @@ class Config:
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
     lr_end: float = opt(1.0, "stage 2: share of it that is left at the last step; it falls in a line", above=0, most=1)
     weight_decay: float = opt(1e-2, "stage 2: weight decay of AdamW", least=0)
-    step_back: float = opt(0.0, "stage 2: share of forget prompts that may stay unrefused for less change; 0: no step back",
+    step_back: float = opt(0.0, "stage 2: share of forget prompts whose refusal may be given up for less change; 0: none",
                            least=0, most=0.5)
     average: float = opt(0.0, "stage 2: decay of the running mean of the weights that is kept; 0: the last weights",
                          least=0, most=0.999)
@@ -347,13 +347,14 @@ def step_back(model, reference, proc, forget, cfg):
     The forget file alone decides how far, so that nothing is fitted to held-out samples.
     """
     line = [(p, origin, p - origin) for p, origin in zip(projections(model), projections(reference))]
-    kept = 1.0
-    for share in BACK:
+    enough, kept = None, 1.0
+    for share in (1.0, *BACK):
         for p, origin, change in line:
             p.copy_(origin + share * change)
         said = respond(model, proc, forget, cfg.max_new_tokens, cfg.eval_batch)
         refused = sum(forget_reward(text, s["answer"], s.get("fact")) == 1 for s, text in zip(forget.samples, said))
-        if refused < (1 - cfg.step_back) * len(said):
+        enough = refused - cfg.step_back * len(said) if enough is None else enough
+        if refused < enough:
             break
         kept = share
     for p, origin, change in line:

@@ -37,9 +37,10 @@ def main():
     parser.add_argument("--cuda", nargs="*", metavar="SHAPE", help="real shapes on one GPU: 2B 4B 8B, or some of them")
     parser.add_argument("--alone", nargs=3, metavar=("WHAT", "SIDE", "CASE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    asru.set_up_torch()
+    settings("ours")
     if args.alone:
         what, side, case = args.alone
+        settings(side)
         return print(json.dumps({"memory": peak_memory, "cuda": cuda_side}[what](side, case)))
     pairs = 2 if args.quick else 5
     if args.cuda is not None:
@@ -55,6 +56,7 @@ def main():
         mine, other = (alone("memory", side, name) for side in ("ours", "transformers"))
         print(f"{name:10}{'GRPO step, peak memory':30}{mine / 1e6:>7.0f} MB{other / 1e6:>11.0f} MB{other / mine:>8.2f}")
     print(f"\nstage 1, 4B shape, 400 forget and 400 boundary keys of 9728, on {torch.get_num_threads()} threads: {redirection_seconds('cpu'):.2f} s")
+    settings("ours")
     print("\nscaling of our GRPO step, cpu-shape: time / time of the first row")
     scaling(pairs)
     print("\nunmeasured here: --cuda (2B, 4B and 8B shapes)")
@@ -66,12 +68,22 @@ def row(name, what, ours, theirs):
           f"   {min(ratios):.2f}-{max(ratios):.2f}")
 
 
+def settings(side):
+    """asru.py's own switches for us, torch's defaults for transformers."""
+    asru.set_up_torch()
+    if side == "transformers":
+        torch.use_deterministic_algorithms(False)
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
 def alternate(ours, theirs, pairs):
     """Times of both, in turn, after one warm-up each."""
     ours(), theirs()
     times = ([], [])
     for _ in range(pairs):
-        for run, found in zip((ours, theirs), times):
+        for side, run, found in zip(("ours", "transformers"), (ours, theirs), times):
+            settings(side)
             start = time.perf_counter()
             run()
             found.append(time.perf_counter() - start)
@@ -135,7 +147,7 @@ class Case:
             self.batch, self.pool = random_prompts(self.model, self.Q, prompt)
         object.__setattr__(self.model.cfg, "eos_token_ids", ())
         self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, top_p=1.0, prompts=self.Q, minibatch=self.Q,
-                               microbatch=self.Q if device == "cpu" else 2)
+                               microbatch=6 if name == "embedded" else 2)
         self.reward, self.generator = Reward(), torch.Generator(device).manual_seed(0)
         if "transformers" in sides:
             from transformers import Qwen3VLConfig as HfConfig, Qwen3VLForConditionalGeneration
