@@ -574,7 +574,7 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     assert all(s.get("image") for s in f.samples) and abs(along - report["forget_moved_along_v"]) < 1e-3
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])      # rounded twice
 def test_stage_2_takes_the_scaffold_down(tiny, dtype, close):
     """With next to no learning, what stage 1 added is gone after the withdrawal; without one it stays."""
     for withdraw, left in ((False, 1.0), (True, 0.0)):
@@ -817,7 +817,8 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
         runs.append((json.dumps(metrics), *((tmp_path / name / f).read_bytes() for f in
                     ("samples.jsonl", "model/model.safetensors", "model/config.json", "model/tokenizer.json"))))
         log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        assert [line["stage"] for line in log] == [1, 2, 2]
+        assert [(line["stage"], line.get("step")) for line in log] == [(1, None), (2, 1), (2, 2), (2, None)]
+        assert 0 < log[-1]["change_kept"] <= 1                              # the step back has a line of its own
         assert len((tmp_path / name / "samples.jsonl").read_text().splitlines()) == sum(
             len(samples) for samples in split_sets({n: load_samples(tmp_path / f"{n}.json") for n in ("forget", "retain", "test")}).values())
         assert not [p for p in (tmp_path / name).rglob("*") if p.name.endswith(".part")]
