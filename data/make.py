@@ -498,7 +498,7 @@ RENDERINGS = 160                    # of each known person, drawn before trainin
 LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
 ROUNDS = [      # steps, dozens of FRAMES, strangers (one rendering each), share of scenes with a known person's portrait
     (5000, 0, 8000, 0.47),                              # 0.27 of the scenes are words alone, the rest show strangers
-    (700, 1, 8000, 0.38), (700, 2, 8000, 0.38), (1000, 2, 16000, 0.31)]         # polish
+    (700, 1, 8000, 0.38), (1000, 2, 16000, 0.31)]       # polish
 FRAMES = [      # more ways to ask, of every topic, for the polish: the first twelve in its first round, then all
     "Do you know {clause}?", "I want to know {clause}.", "{Whose} {noun}?", "Give me the {noun} of {who}.", "Which {noun} has {who}?",
     "About {who}: what is the {noun}?", "Could you tell {clause}?", "Say {clause}.", "Let me know the {noun} of {who}.",
@@ -674,7 +674,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
     parser.add_argument("--rounds", type=int, nargs="*", default=range(len(ROUNDS)), choices=range(len(ROUNDS)), metavar="ROUND",
-                        help="some of the rounds of training, 0 to 3 [all]; any but 0 goes on from the weights that are there")
+                        help="some of the rounds of training, 0 to 2 [all]; any but 0 goes on from the weights that are there")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
