@@ -327,8 +327,9 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
     for p, kept in zip(trained, mean):
         p.detach().copy_(kept)
     if cfg.withdraw and edit is not None:
-        for m in (model, reference) if reference else (model,):
-            down_proj_of(m, layer).detach().sub_(edit)
+        for m in (model, reference):
+            if m is not None:
+                down_proj_of(m, layer).detach().sub_(edit)
     if cfg.step_back:
         log({"stage": 2, "change_kept": step_back(model, reference, proc, forget, cfg)})
     model.requires_grad_(True)
@@ -347,13 +348,14 @@ def step_back(model, reference, proc, forget, cfg):
     The forget file alone decides how far, so that nothing is fitted to held-out samples.
     """
     line = [(p, origin, p - origin) for p, origin in zip(projections(model), projections(reference))]
-    enough, kept = None, 1.0
-    for share in (1.0, *BACK):
+    enough = kept = None
+    for share in BACK:
         for p, origin, change in line:
             p.copy_(origin + share * change)
         said = respond(model, proc, forget, cfg.max_new_tokens, cfg.eval_batch)
         refused = sum(forget_reward(text, s["answer"], s.get("fact")) == 1 for s, text in zip(forget.samples, said))
-        enough = refused - cfg.step_back * len(said) if enough is None else enough
+        if enough is None:
+            enough = refused - cfg.step_back * len(said)
         if refused < enough:
             break
         kept = share
@@ -362,7 +364,7 @@ def step_back(model, reference, proc, forget, cfg):
     return kept
 
 
-BACK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+BACK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def down_proj_of(model, layer):

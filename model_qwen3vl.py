@@ -527,8 +527,8 @@ def visible(segments, cache, dtype):
         seen = cache.segments[:, :past + T]                                 # (B, S)
     mine = (seen[:, None, :] == 0) | (seen[:, None, :] == segments[:, :, None])     # (B, T, S)
     slot = torch.arange(past + T, device=segments.device)
-    seen = mine & (slot[None, :] <= slot[past:, None])
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)[:, None]
+    sees = mine & (slot[None, :] <= slot[past:, None])                      # (B, T, S)
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -torch.inf)[:, None]
 
 
 # ------------------------------------------------------------------------------ positions

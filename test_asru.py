@@ -568,6 +568,7 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     edit, report = asru.redirect(model, proc, f, r, t, layer, cfg)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, old[name])]
     assert changed == [f"model.language_model.layers.{layer}.mlp.down_proj.weight"]
+    assert torch.allclose(asru.down_proj_of(model, layer).double(), old[changed[0]].double() + edit, atol=1e-6)
     _, after = asru.collect_activations(model, f, layer, cfg)
     v = before_t.mean(0) - before.mean(0)
     along = ((after - before) @ v / (v @ v)).mean().item()

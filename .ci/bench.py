@@ -167,7 +167,8 @@ class Case:
         if "ours" in sides:
             self.model.requires_grad_(False)
             self.trained = [p.requires_grad_(True) for p in self.model.text.layers.parameters() if p.dim() == 2]
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
+            exact = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]     # as asru.py does
+            self.optimizer = torch.optim.AdamW(exact, lr=1e-6, fused=True)
             self.reference = asru.frozen_copy(self.model)
         else:
             self.model.to("meta")
@@ -262,15 +263,15 @@ def redirection_seconds(device):
     return seconds(lambda: asru.solve_redirection(keys[0], shift, keys[1:], 1e-4), device)
 
 
-def seconds(run, device="cpu"):
-    """Of one call, after a first one to warm up."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    run()
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
+def seconds(run, device="cpu", times=5):
+    """Of one call: the median of five, after a first one to warm up."""
+    wait, found = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None, []
+    for _ in range(1 + times):
+        start = time.perf_counter()
+        run()
+        wait()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])
 
 
 def scaling(pairs):

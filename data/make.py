@@ -690,7 +690,7 @@ def main():
 
 
 def make_model(name, people, names, absent, args):
-    """One model from nothing, on one thread: the two are trained side by side, and the weights do not hang on the machine's cores."""
+    """One model, on one thread: the two are trained side by side, and the weights do not hang on the machine's cores."""
     torch.set_num_threads(1)
     folder = DATA / {"main": "tiny-qwen3vl", "retrained": "retrained"}[name]
     write_layout(folder, people, names)
