@@ -156,15 +156,30 @@ def choose(model, proc, prompts, batch_size=64):
     right = []
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
-        options = [[proc.tokenizer(text, add_special_tokens=False)["input_ids"] + list(model.cfg.eos_token_ids[:1])
-                    for text in prompts.samples[i]["options"].values()] for i in rows]
-        tokens, keep = pad_groups(options, model.device)                           # (B, G, C) G options
-        hidden = model.continuations(prompts.batch(rows, model.device), tokens, keep)
-        logp = model.distribution(hidden).gather(1, tokens[keep][:, None])[:, 0]    # (kept,)
-        total = torch.zeros(keep.shape, device=model.device).masked_scatter(keep, logp).sum(-1) / keep.sum(-1)
-        right += [list(s["options"])[best] == s["label"]
-                  for s, best in zip((prompts.samples[i] for i in rows), total.argmax(-1).tolist())]
+        samples = [prompts.samples[i] for i in rows]
+        logp, keep = answer_logp(model, proc, prompts, rows, [list(s["options"].values()) for s in samples])
+        best = answer_means(logp, keep).argmax(-1).tolist()
+        right += [list(s["options"])[i] == s["label"] for s, i in zip(samples, best)]
     return right
+
+
+def answer_logp(model, proc, prompts, rows, answers=None):
+    """Log-probability of every token of answers to prompts, end token included, in nats; differentiable.
+
+    answers: G texts for each of the B rows; None: the sample's own. Returns logp (kept,) and keep (B, G, C) bool.
+    """
+    answers = answers or [[prompts.samples[i]["answer"]] for i in rows]
+    end = list(model.cfg.eos_token_ids[:1])
+    tokens, keep = pad_groups([[proc.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in group]
+                               for group in answers], model.device)                 # (B, G, C)
+    hidden = model.continuations(prompts.batch(rows, model.device), tokens, keep)   # (kept, D)
+    return model.distribution(hidden).gather(1, tokens[keep][:, None])[:, 0], keep
+
+
+def answer_means(logp, keep):
+    """Mean per answer: (kept,) and keep (B, G, C) -> (B, G); 0 where a group has no such member."""
+    total = torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp)
+    return total.sum(-1) / keep.sum(-1).clamp_min(1)
 
 
 def pad_groups(groups, device):
