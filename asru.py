@@ -640,12 +640,9 @@ def check_machine(cfg):
 
 
 def set_up_torch():
-    """The same sums in the same order every time, and the fast ones."""
+    """The same sums in the same order every time."""
     torch.use_deterministic_algorithms(True, warn_only=True)        # threads may add gradients in any order otherwise
     torch.utils.deterministic.fill_uninitialized_memory = False
-    # On a CPU: oneDNN's matrix products, twice as fast as MKL's on AVX-512 and as exact; with AMX they round to bfloat16.
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    torch.backends.cuda.enable_flash_sdp(torch.cuda.is_available())     # on a CPU its many small products are slower so
 
 
 def check_config(cfg):

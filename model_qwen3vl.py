@@ -155,9 +155,8 @@ def _build(cls, values, where):
 class Batch:
     """Rows of tokens, left-padded, with their pictures.
 
-    A row may hold several continuations of one prompt side by side: `segments` is -1 for padding, 0 for the
-    prompt and 1..G for its continuations; a token sees the prompt and its own continuation. That is how G
-    responses share a prefix.
+    A row may hold several continuations of one prompt: `segments` is -1 for padding, 0 for the prompt and 1..G for
+    its continuations; a token sees the prompt and its own continuation. That is how G responses share a prefix.
     """
     input_ids: torch.Tensor                    # (B, T)
     attention_mask: torch.Tensor = None        # (B, T) 1 for real tokens; None: all real
@@ -166,6 +165,7 @@ class Batch:
     image_features: list = None       # per picture (1 + DeepStack, M, D): what encode_images made of it
     position_ids: torch.Tensor = None    # (3, B, T) time, height, width; None: computed from the tokens
     segments: torch.Tensor = None              # (B, T); None: prompts alone
+    fork: "Fork" = None                        # where whole continuations lie behind their prompts
 
     def to(self, device):
         def move(value):
@@ -174,6 +174,14 @@ class Batch:
             return value if value is None else value.to(device)
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass
+class Fork:
+    """Continuations lie packed behind their prompt, so that nothing is computed for padding, and attend one a line."""
+    prompt: int                                # P, columns of the prompt
+    spread: torch.Tensor                       # (B, G, C) place in (B * T) of a continuation's tokens; any, behind its end
+    pack: torch.Tensor                         # (B, W) place in (B * G * C) of the columns behind the prompt
 
 
 def no_hook(value, site, layer):
@@ -231,7 +239,7 @@ class Qwen3VL(nn.Module):
             if len(slots[0]) != features.shape[1]:
                 raise ValueError(f"the text has {len(slots[0])} image tokens, the pictures give {features.shape[1]}")
             x = x.index_put(slots, features[0].to(x.dtype))
-        return self.text(x, positions, segments, slots, features, cache, hook)
+        return self.text(x, positions, segments, batch.fork, slots, features, cache, hook)
 
     def _image_features(self, batch):
         """(1 + DeepStack, tokens of all pictures, D), or None for text alone."""
@@ -265,22 +273,22 @@ class Qwen3VL(nn.Module):
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)  # (3, B, P)
         fed = keep[..., 1:].flatten(1)                  # (B, G * (C - 1)) a last token predicts nothing
         width = int(fed.sum(1).max())
-        order = (~fed).long().argsort(dim=1, stable=True)[:, :width]  # (B, width) fed tokens first, padding behind
-        inside = fed.gather(1, order)                                       # (B, width)
+        order = (~fed).long().argsort(dim=1, stable=True)[:, :width]  # (B, W) fed tokens first, padding behind
+        inside = fed.gather(1, order)                                       # (B, W)
         sample, step = order // max(C - 1, 1), order % max(C - 1, 1)
         ids = tokens[..., :-1].flatten(1).gather(1, order).masked_fill(~inside, self.cfg.pad_token_id)
-        segments = torch.where(inside, sample + 1, -1)
-        place = positions.amax((0, 2))[:, None] + 1 + step                  # (B, width)
+        place = positions.amax((0, 2))[:, None] + 1 + step                  # (B, W)
+        first = torch.arange(B, device=device)[:, None]                     # (B, 1)
+        column = P + (fed.long().cumsum(1) - 1).clamp_min(0)                # (B, G * (C - 1)) where a fed token lies
+        fork = Fork(P, (first * (P + width) + column).view(B, G, C - 1), first * G * (C - 1) + order)
         hidden = self(replace(
             batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=None,
-            segments=torch.cat([real.long() - 1, segments], 1),
-            position_ids=torch.cat([positions, place.expand(3, B, width)], 2)), hook)      # (B, P + width, D)
-        # The first token is predicted by the end of the prompt, token c by the slot that token c - 1 went to.
+            segments=torch.cat([real.long() - 1, torch.where(inside, sample + 1, -1)], 1),
+            position_ids=torch.cat([positions, place.expand(3, B, width)], 2), fork=fork if width else None), hook)  # (B, P + W, D)
+        # The first token is predicted by the end of the prompt, token c by the column that token c - 1 went to.
         source = torch.full((B, G, C), P - 1, device=device)
-        rank = fed.long().cumsum(1) - 1                    # (B, G * (C - 1)) place among the fed tokens
-        source[..., 1:] = (P + rank).view(B, G, C - 1)
-        rows = torch.arange(B, device=device)[:, None, None].expand(B, G, C)
-        return hidden[rows[keep], source[keep]]
+        source[..., 1:] = column.view(B, G, C - 1)
+        return hidden[first[:, :, None].expand(B, G, C)[keep], source[keep]]
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
         """Log-probabilities of the next token exactly as `generate` samples it: (n, D) -> (n, V) float32.
@@ -422,12 +430,11 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers)])
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x, positions, segments, slots, features, cache, hook):
-        rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, 1, T, d / 2)
-        mask = visible(segments, cache, x.dtype)                            # (B, 1, T, S)
-        mask = mask.repeat(1, 1, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, 1)   # (B, 1, H / K * T, S)
+    def forward(self, x, positions, segments, fork, slots, features, cache, hook):
+        rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, T, 1, d)
+        mask = visible(segments, fork, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache, hook)                           # (B, T, D)
+            x = layer(x, rope, mask, fork, cache, hook)                     # (B, T, D)
             if features is not None and i + 1 < len(features):  # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
             x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
@@ -444,8 +451,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg, index)
 
-    def forward(self, x, rope, mask, cache, hook):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x, rope, mask, fork, cache, hook):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, fork, cache)
         x = x + self.mlp(self.post_attention_layernorm(x), hook)
         return x
 
@@ -464,18 +471,38 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(d, cfg.rms_norm_eps)
 
-    def forward(self, x, rope, mask, cache):
-        B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), rope)   # (B, H, T, d)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), rope)   # (B, K, T, d)
-        v = self.v_proj(x).view(heads).transpose(1, 2)                              # (B, K, T, d)
+    def forward(self, x, rope, mask, fork, cache):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)           # (B, T, H, d)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)           # (B, T, K, d)
+        v = self.v_proj(x).view(heads)                                      # (B, T, K, d)
         if cache is not None:
-            k, v = cache.write(self.index, k, v)                                    # (B, K, S, d)
-        # The H / K query heads of a key head are more queries of that head: no copy of keys, any kernel will do.
-        K = k.shape[1]
-        out = F.scaled_dot_product_attention(q.reshape(B, K, -1, self.head_dim), k, v, attn_mask=mask)
-        return self.o_proj(out.view(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))     # (B, T, D)
+            k, v = cache.write(self.index, k, v)                            # (B, S, K, d)
+        return self.o_proj(attend(q, k, v, mask) if fork is None else attend_forked(q, k, v, mask, fork))   # (B, T, D)
+
+
+def attend(q, k, v, mask=None):
+    """Softmax attention. q: (B, T, H, d), k and v: (B, S, K, d), mask: see `visible` -> (B, T, H * d)."""
+    B, T, H, d = q.shape
+    k, v = k.transpose(1, 2), v.transpose(1, 2)                             # (B, K, S, d)
+    # The H / K query heads of a key head are more queries of that head: no copy of keys, any kernel will do.
+    q = q.transpose(1, 2).reshape(B, k.shape[1], -1, d)                     # (B, K, H / K * T, d)
+    if q.is_cuda:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:               # on a CPU its kernels are slower than these four operations, or are a dozen small ones
+        scores = (q * d**-0.5) @ k.transpose(2, 3)                          # (B, K, H / K * T, S)
+        out = (scores if mask is None else scores.add_(mask)).softmax(-1) @ v
+    return out.view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
+
+
+def attend_forked(q, k, v, masks, fork):
+    """The prompt attends within itself, each continuation to the prompt and itself: G * C * (P + C) scores, not (P + G * C)**2."""
+    P, (B, G, C) = fork.prompt, fork.spread.shape
+    at = lambda x, places: x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
+    lines = lambda x: torch.cat([x[:, None, :P].expand(B, G, *x[0, :P].shape), at(x, fork.spread)], 2).flatten(0, 1)
+    prompt = attend(q[:, :P], k[:, :P], v[:, :P], masks[0])                                     # (B, P, H * d)
+    spoken = attend(at(q, fork.spread).flatten(0, 1), lines(k), lines(v), masks[1])             # (B * G, C, H * d)
+    return torch.cat([prompt, at(spoken, fork.pack)], 1)                                        # (B, T, H * d)
 
 
 class MLP(nn.Module):
@@ -515,9 +542,14 @@ def nucleus_threshold(p, top_p, k=64):
     return top.gather(1, (before < top_p).sum(-1, keepdim=True) - 1)
 
 
-def visible(segments, cache, dtype):
-    """(B, 1, T, S) to add to attention's scores: 0 where a token sees a slot, the prompt's and its own continuation's
-    up to itself; -inf elsewhere. Made once for all layers."""
+def visible(segments, fork, cache, repeat, dtype):
+    """What is added to attention's scores: 0 where a token sees a slot, the prompt's and its own continuation's up to
+    itself; -inf elsewhere. (B, 1, H / K * T, S), made once for all layers; of a fork two: prompts', continuations'."""
+    if fork is not None:
+        P, (B, G, C) = fork.prompt, fork.spread.shape
+        sees = torch.ones(B, G, C, P + C, dtype=torch.bool, device=segments.device).tril(P)
+        sees[..., :P] = (segments[:, None, None, :P] == 0)
+        return visible(segments[:, :P], None, None, repeat, dtype), additive(sees.flatten(0, 1), repeat, dtype)
     T = segments.shape[1]
     past = 0
     seen = segments
@@ -527,8 +559,13 @@ def visible(segments, cache, dtype):
         seen = cache.segments[:, :past + T]                                 # (B, S)
     mine = (seen[:, None, :] == 0) | (seen[:, None, :] == segments[:, :, None])     # (B, T, S)
     slot = torch.arange(past + T, device=segments.device)
-    sees = mine & (slot[None, :] <= slot[past:, None])                      # (B, T, S)
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -torch.inf)[:, None]
+    return additive(mine & (slot[None, :] <= slot[past:, None]), repeat, dtype)
+
+
+def additive(sees, repeat, dtype):
+    """(B, T, S) bool -> (B, 1, repeat * T, S): 0 or -inf. Every token sees itself, so that no row is -inf throughout."""
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -torch.inf)
+    return mask[:, None].repeat(1, 1, repeat, 1)
 
 
 # ------------------------------------------------------------------------------ positions
@@ -564,22 +601,27 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
 
 
 def mrope_cos_sin(positions, cfg, dtype):
-    """Angles for `rotate`, (B, 1, T, d / 2). Frequencies take their axis in turn: t h w t h w ..., at last t alone."""
+    """Cosines and sines for `rotate`. Frequencies take their axis in turn: t h w t h w ..., at last t alone."""
     d = cfg.head_dim
     inv_freq = cfg.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)  # (d / 2,)
     angle = positions[..., None].float() * inv_freq            # (3, B, T, d / 2) fp32: angles are large
     axis = torch.zeros(d // 2, dtype=torch.long, device=positions.device)
     axis[1:3 * cfg.mrope_section[1]:3] = 1
     axis[2:3 * cfg.mrope_section[2]:3] = 2
-    angle = torch.where(axis == 0, angle[0], torch.where(axis == 1, angle[1], angle[2]))[:, None]  # (B, 1, T, d / 2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = torch.where(axis == 0, angle[0], torch.where(axis == 1, angle[1], angle[2]))[:, :, None]  # (B, T, 1, d / 2)
+    return turn(angle, dtype)
+
+
+def turn(angle, dtype):
+    """(..., d / 2) -> what `rotate` multiplies with, each (..., d): cosines, and sines that are negative in the first half."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x, rope):
-    """Turn each pair (x[i], x[i + d / 2]) by its angle. x: (..., d), rope: cos and sin, (..., d / 2)."""
+    """Turn each pair (x[i], x[i + d / 2]) by its angle. x: (..., d), rope: see `turn`."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ------------------------------------------------------------------------------ vision tower
@@ -622,13 +664,13 @@ class VisionModel(nn.Module):
         return merge_order(grid.permute(1, 2, 0), self.cfg.spatial_merge_size).repeat(t, 1)
 
     def rotary(self, t, h, w):
-        """Angles of a patch: half of the frequencies turn by its row, half by its column. Two of (N, 1, d / 2)."""
+        """Angles of a patch: half of the frequencies turn by its row, half by its column. Two of (N, 1, d)."""
         half, device = self.cfg.head_dim // 2, self.pos_embed.weight.device
         inv_freq = self.cfg.rope_theta ** (-torch.arange(0, half, 2, device=device).float() / half)
         row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
         place = merge_order(torch.stack([row, column], -1), self.cfg.spatial_merge_size).repeat(t, 1)  # (N, 2)
         angle = (place[..., None] * inv_freq).flatten(1)[:, None]           # (N, 1, d / 2)
-        return angle.cos(), angle.sin()
+        return turn(angle, torch.float32)
 
 
 def merge_order(grid, merge):
@@ -675,11 +717,9 @@ class VisionAttention(nn.Module):
         q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)     # each (sum N, heads, d)
         q, k = rotate(q.float(), rope).to(v.dtype), rotate(k.float(), rope).to(v.dtype)
         if len(set(sizes)) == 1:                                        # pictures of one size: one call
-            q, k, v = (z.view(len(sizes), sizes[0], *z.shape[1:]).transpose(1, 2) for z in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)      # (pictures, N, heads, d)
+            out = attend(*(z.view(len(sizes), sizes[0], *z.shape[1:]) for z in (q, k, v)))      # (pictures, N, E)
         else:
-            parts = zip(*(z.transpose(0, 1).split(sizes, dim=1) for z in (q, k, v)))        # (heads, N, d)
-            out = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 1).transpose(0, 1)
+            out = torch.cat([attend(*(z[None] for z in part)) for part in zip(*(z.split(sizes) for z in (q, k, v)))], 1)
         return self.proj(out.reshape(x.shape))
 
 
@@ -722,10 +762,11 @@ class Cache:
         self.end = 0                                             # slots in use; the forward moves it on
 
     def write(self, layer, k, v):
-        stop = self.end + k.shape[2]
-        self.k[layer, :, :, self.end:stop] = k
-        self.v[layer, :, :, self.end:stop] = v
-        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+        """k, v: (B, T, K, d) of new tokens -> those of all slots up to them, (B, S, K, d)."""
+        stop = self.end + k.shape[1]
+        for buffer, new in ((self.k, k), (self.v, v)):
+            buffer[layer, :, :, self.end:stop] = new.transpose(1, 2)
+        return (buffer[layer, :, :, :stop].transpose(1, 2) for buffer in (self.k, self.v))
 
     def keep(self, rows):
         """Drop all rows but these."""

@@ -73,8 +73,6 @@ def settings(side):
     asru.set_up_torch()
     if side == "transformers":
         torch.use_deterministic_algorithms(False)
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
-        torch.backends.cuda.enable_flash_sdp(True)
 
 
 def alternate(ours, theirs, pairs):
