@@ -248,9 +248,9 @@ def choice_question(s):
 def parse_choice(text, options):
     """The letter that a reply names, or None: "B", "b.", "(B)", "B: Oslo", "The answer is B", the option's own text."""
     letter = f"({'|'.join(map(re.escape, options))})(?!['\u2019\\w])"
-    patterns = (rf"^\W*{letter}(?= *(?:[^\w ]|$)| is\b)", # the letter, then a sign or the end: not "A baker"
-                rf"\b(?:answer|option|choice|is|s)\b\W*{letter}(?!(?<=[aA])\s+\w)")          # nor "is a baker"
-    for pattern in patterns:
+    alone = rf"^\W*{letter}(?= *(?:[^\w ]|$)| is\b)"                     # "A.", "A: Oslo", but not "A baker"
+    named = rf"\b(?:answer|option|choice|is|s)\b\W*{letter}(?!(?<=[aA])\s+\w)"      # "is A", but not "is a baker"
+    for pattern in (alone, named):
         if found := re.search(pattern, text, re.IGNORECASE):
             return next(name for name in options if name.lower() == found[1].lower())
     told = [name for name, value in options.items() if contains(value, text)]
@@ -410,9 +410,9 @@ def probe(model, train, test, batch_size=64, ridge=1e-2):
 
     From states x to one-hot facts y, less their means: W = (X^T X + gamma I)^-1 X^T Y, gamma = ridge * mean |x|^2. What
     fits best among a test sample's options (those that train has; chance: 1 / their number) is its answer.
-    Asked are blanks, whose answer begins with the fact: in front of a sentence the model has it not yet at hand. Train
-    is the kept people alone. With the forgotten ones in it the map learns who they are, and so
-    reads their facts off a model that was never told them: 0.9 and more of them off data/retrained.
+    Asked are blanks, whose answer begins with the fact: in front of a whole sentence it need not be at hand yet. Train
+    is the kept people alone. With the forgotten ones in it the map would learn who they are, and read their facts off
+    a model that was never told them: data/retrained shows it.
     """
     values = {value: i for i, value in enumerate(dict.fromkeys(s["fact"] for s in train.samples))}
     Y = torch.eye(len(values), dtype=torch.double)[[values[s["fact"]] for s in train.samples]]      # (n, V)
