@@ -663,7 +663,7 @@ def run(argv):
     data = {name: load_samples(args.data / f"{name}.json") for name in ("forget", "retain", "target", "test")}
     sets = split_sets(data)
     if args.protocol and not any(s.get("task") for samples in sets.values() for s in samples):
-        raise ValueError(f"{args.data}: no sample has a 'task'; --protocol {args.protocol} asks what data/convert.py makes")
+        raise ValueError(f"{args.data}: no sample has the 'task' that --protocol {args.protocol} asks by")
     load = lambda path: (Qwen3VL.from_pretrained(path, device=args.device), Processor.from_pretrained(path))
     model, proc = load(args.model)
     ask, pictures, results, said = evaluate_mllmu if args.protocol else evaluate_fully, {}, {}, {}
