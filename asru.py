@@ -36,7 +36,6 @@ import argparse
 import copy
 import json
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -45,9 +44,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (encode, evaluate, load_samples, pad_groups, prepare, print_answers, print_table, respond,
-                  split_sets)
-from model_qwen3vl import Processor, Qwen3VL, first_line, read_json, write_aside
+from eval import (check_device, chunks, command, encode, evaluate, load_samples, pad_groups, prepare, print_answers,
+                  print_table, respond, set_up_torch, split_sets)
+from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
 from reward import Reward, forget_reward, is_refusal
 
 HERE = Path(__file__).parent
@@ -540,12 +539,6 @@ def step_report(texts, rewards, roles, terms, keep):
 # ------------------------------------------------------------------------------ around the method
 
 
-def chunks(items, size):
-    """Consecutive pieces of at most `size`, as lists; none where size is 0."""
-    items = list(items)
-    return (items[i:i + size] for i in range(0, len(items) if size else 0, size or 1))
-
-
 def mask_of(prompts, pictured):
     """(n,) bool: asked with a picture, or in words alone."""
     return torch.tensor([bool(s.get("image")) == pictured for s in prompts.samples])
@@ -629,20 +622,9 @@ def parse_config(argv):
 
 def check_machine(cfg):
     """The device exists, and --out is or can become a directory."""
-    try:
-        device = torch.device(cfg.device or "cpu")
-    except RuntimeError:
-        raise ValueError(f"--device {cfg.device}: no such device; cpu, cuda or cuda:N is needed") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {cfg.device}: this machine or this build of torch has no CUDA")
+    check_device(cfg.device)
     if cfg.out.exists() and not cfg.out.is_dir():
         raise ValueError(f"--out {cfg.out}: a file is in the way; a directory is needed")
-
-
-def set_up_torch():
-    """The same sums in the same order every time."""
-    torch.use_deterministic_algorithms(True, warn_only=True)        # threads may add gradients in any order otherwise
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def check_config(cfg):
@@ -686,14 +668,7 @@ def run(argv):
 
 def main(argv=None):
     """The command: returns what goes to metrics.json. Wrong input: one line on stderr, exit status 2."""
-    try:
-        return run(argv)
-    except (ValueError, OSError) as error:
-        print(f"asru.py: {first_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("asru.py: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    return command("asru.py", run, argv)
 
 
 if __name__ == "__main__":

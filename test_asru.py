@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import asru
+import eval
 import reward
-from eval import bleu, choose, encode, load_samples, respond, score, split_sets
+from eval import agreement, bleu, choose, encode, load_samples, respond, rouge_n, score, split_sets
 from model_qwen3vl import Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 
@@ -404,15 +405,19 @@ def test_contains_whole_words_and_any_spelling():
         assert contains(fact, text) == found, (fact, text)
 
 
-def test_rouge_l():
+def test_rouge():
     """By hand, and as rouge_score has it where that is installed."""
+    assert rouge_n("the cat sat on the mat", "the cat, the CAT!", 1) == pytest.approx(2 * 3 / (6 + 4))
+    assert rouge_n("the cat sat on the mat", "the cat, the CAT!", 2) == pytest.approx(2 * 1 / (5 + 3))
+    assert rouge_n("a", "a", 2) == rouge_n("", "a", 1) == 0.0
     assert rouge_l("the cat sat on the mat", "the cat on a mat") == pytest.approx(2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6))
     assert rouge_l("", "a") == rouge_l("a", "") == rouge_l("a", "b") == 0.0
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
     rng = random.Random(0)
     for _ in range(200):
-        a, b = (" ".join(rng.choices("a b c d, E! 7 f-g".split(), k=rng.randrange(12))) for _ in range(2))
-        assert rouge_l(a, b) == pytest.approx(scorer.score(a, b)["rougeL"].fmeasure, abs=1e-9)
+        a, b = (" ".join(rng.choices("a b c d, E! 7 f-g é".split(), k=rng.randrange(12))) for _ in range(2))
+        theirs = [scorer.score(a, b)[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")]
+        assert [rouge_n(a, b, 1), rouge_n(a, b, 2), rouge_l(a, b)] == pytest.approx(theirs, abs=1e-9)
 
 
 def test_bleu():
@@ -422,9 +427,9 @@ def test_bleu():
     nltk = pytest.importorskip("nltk.translate.bleu_score")
     rng = random.Random(0)
     for _ in range(200):
-        a, b = (rng.choices("a b c d".split(), k=rng.randrange(1, 12)) for _ in range(2))
+        a, b = (rng.choices("a b c, d \u00e9".split(), k=rng.randrange(12)) for _ in range(2))
         expected = nltk.sentence_bleu([a], b, smoothing_function=nltk.SmoothingFunction().method1)
-        assert bleu(" ".join(a), " ".join(b)) == pytest.approx(expected, abs=1e-9)
+        assert bleu("\u00a0".join(a), " \n".join(b)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_reward_formula_by_hand():
@@ -465,6 +470,52 @@ def test_score_by_hand():
     assert found["fact_recall"] == 0.5 and found["refusal_rate"] == 0.5 and found["hallucination_rate"] == 0.25
     assert found["contextual_refusal"] == (0 + 5 + 1 + 0) / 4 and found["leakage"] == (0 + 5 + 5 + 0) / 4
     assert "fact_recall" not in score([{**sample, "fact": None}], ["I cannot tell."])
+    assert not {"agreement", "distinct_refusals", "top_refusal", "self_bleu"} & score([sample], ["Born in Oslo."]).keys()
+
+
+def test_rigidity_and_agreement_by_hand():
+    """Three refusals, two of them the same; twins that both tell, that differ, and one without a twin."""
+    said = ["I cannot tell that now.", "I cannot tell that now.", "I do not know it.", "Oslo."]
+    found = score([{"question": "Where?", "answer": "Here."}] * 4, said)
+    between = bleu("i can not tell that now", "i do not know it") + bleu("i do not know it", "i can not tell that now")
+    assert found["distinct_refusals"] == found["top_refusal"] == pytest.approx(2 / 3)
+    assert found["self_bleu"] == pytest.approx((2 * 1 + 2 * between) / 6)
+    ask = lambda fact, **image: {"person": "p", "question": "?", "answer": f"It is {fact}.", "fact": fact, **image}
+    samples = [ask("Oslo"), ask("Oslo", image="x"), ask("chess", image="x"), ask("chess"), ask("chess"), ask("cat")]
+    assert agreement(samples, ["Oslo.", "In Oslo.", "Chess.", "I do not know.", "chess", "cat"]) == (1 + 1 / 2) / 2
+
+
+def test_letters_are_read_tolerantly():
+    """PEERS' forms of an answer, the article "a", and what names no option."""
+    options = {"A": "Oslo", "B": "a baker", "C": "Quito", "D": "Hanoi"}
+    for letter, replies in {
+            "A": "A|A.|(A)|a)|**A**|The answer is A|A: Oslo|Oslo.|A Oslo|A is right.|It was Oslo", "C": "Option C|C\nbecause|C, Oslo",
+            "B": "By trade a baker.|A baker.|B, Oslo|Answer: B because|I think it's B|The answer is a baker", "D": "The answer is (D).",
+            None: "I cannot tell.|It is a lawyer.|D'accord|E||Oslo or Quito|it is a mystery"}.items():
+        assert {text: eval.parse_choice(text, options) for text in replies.split("|")} == dict.fromkeys(replies.split("|"), letter)
+
+
+def test_judge_scores_are_read_or_missing():
+    """One number within the scale; anything else is missing, never 0."""
+    read = {"4": 4, "4.": 4, "Score: 4.5": 4.5, "4/5": 4, "**4** out of 5": 4, "5/5": 5, "0": 0, "4 4": 4, "7": None, "-1": None,
+            "3-4": None, "none": None, "": None}
+    assert {text: eval.parse_score(text, 0) for text in read} == read and eval.parse_score("0", 1) is None
+
+
+def test_kolmogorov_smirnov_and_auc_by_hand():
+    """D and p of small samples by counting orders; as scipy has them where that is installed."""
+    assert eval.ks_test([1, 2], [3, 4]) == (1.0, pytest.approx(2 / 6))              # aabb and bbaa, of six orders
+    assert eval.ks_test([1, 3], [2, 4]) == (0.5, pytest.approx(1.0))
+    assert eval.ks_test([1, 2, 4], [3, 5, 6]) == (pytest.approx(2 / 3), pytest.approx(12 / 20))  # 8 of 20 stay within 1/3
+    assert eval.ks_test([1, 2], [1, 2]) == (0.0, 1.0)
+    assert eval.auc([3, 1], [2, 1, 0]) == (3 + 1.5) / 6
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(0)
+    for n, m in ((1, 1), (3, 4), (40, 60), (7, 300)):
+        a, b = [rng.random() for _ in range(n)], [rng.random()**2 for _ in range(m)]
+        theirs = stats.ks_2samp(a, b, method="exact")
+        assert eval.ks_test(a, b) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-9)
+        assert eval.auc(a, b) == pytest.approx(stats.mannwhitneyu(a, b).statistic / (n * m))
 
 
 def test_sets_follow_person_and_kind():
@@ -531,6 +582,65 @@ def test_choose_reads_the_model(tiny):
             scores[letter] = logits.log_softmax(-1).gather(1, ids[0][:, None]).mean().item()
         plain.append(max(scores, key=scores.get) == s["label"])
     assert choose(model, proc, asked) == plain
+
+
+def test_truth_ratio_and_membership_of_made_up_likelihoods(tiny, monkeypatch):
+    """Two tokens each; p(right) 0.5, p(wrong) 0.1, 0.2, 0.4 by the wrong option's place; beside a model that has all alike."""
+    model, proc, data, _ = tiny()
+    samples = [s for s in data["forget"] if s["question"] == "Which dish does this person like best?"]
+    assert eval.wrong_answers(samples[0]) == ["Sushi comes first.", "Dumplings comes first.", "Stew comes first."]
+
+    def made_up(model, proc, prompts, rows, answers):
+        p = torch.tensor([0.5, 0.1, 0.2, 0.4] if model else [0.5] * 4).expand(len(rows), 4)
+        assert all(answers[n][0] == prompts.samples[i]["answer"] and len(answers[n]) == 4 for n, i in enumerate(rows))
+        return torch.stack([p.log() - 0.3, p.log() + 0.3], -1).flatten(), torch.ones(len(rows), 4, 2, dtype=torch.bool)
+
+    monkeypatch.setattr(eval, "answer_logp", made_up)
+    monkeypatch.setattr(eval, "encode", lambda model, proc, samples: eval.Prompts(samples, [None] * len(samples), {}))
+    found = eval.depth(model, proc, {"forget": samples}, data["retain"], (None, proc))["forget"]
+    assert found["truth_ratio"] == pytest.approx((0.1 * 0.2 * 0.4)**(1 / 3) / 0.5)
+    assert found["membership_auc"] == 1.0 and found["forget_quality"] == pytest.approx(2 / 252)     # 5 and 5, all apart
+
+
+def test_probe_reads_what_the_model_knows(tiny, monkeypatch):
+    """States that hold the fact give 1, states of noise about chance; W by an independent least squares with a ridge's rows."""
+    model, proc, data, prompts = tiny()
+    rng, values = torch.Generator().manual_seed(0), "Oslo Lima Riga Cairo Quito".split()
+    options = {"A": "Oslo", "B": "Lima", "C": "Riga", "D": "nowhere"}           # the last is no value of train: chance is 1/3
+    train, test = ([{"fact": values[i % k], "options": options} for i in range(n)] for n, k in ((200, 5), (150, 3)))
+    code = torch.randn(5, 12, generator=rng, dtype=torch.double)
+    states = lambda samples: torch.stack([code[values.index(s["fact"])] for s in samples])
+    noise = lambda n: torch.randn(n, 12, generator=rng, dtype=torch.double)
+    layers = {200: [noise(200), states(train) + 0.1 * noise(200)], 150: [noise(150), states(test) + 0.1 * noise(150)]}
+    monkeypatch.setattr(eval, "last_states", lambda model, prompts, size: layers[len(prompts)])
+    accuracy, chance = eval.probe(model, *(eval.Prompts(samples, samples, {}) for samples in (train, test)))
+    assert chance == pytest.approx(1 / 3) and accuracy[1] == 1.0 and abs(accuracy[0] - 1 / 3) < 0.15
+    monkeypatch.undo()
+    some = prompts["forget"].take(range(5))
+    for layer, found in enumerate(eval.last_states(model, some, 2)):
+        assert torch.allclose(found, asru.collect_activations(model, some, layer, asru.Config())[1], atol=1e-4)
+
+
+def test_mllmu_asks_and_decides_as_the_benchmark(tiny, monkeypatch):
+    """The prompts word for word, and each task's decision on answers made up for it."""
+    model, proc, _, _ = tiny()
+    options = {"A": "Oslo", "B": "Lisbon"}
+    samples = [{"task": "choice", "question": "Where?", "answer": "Lisbon", "options": options, "label": "B"}] * 3 + [
+        {"task": "cloze", "question": "Born in __.", "blank": "Born in __.", "answer": "art", "fact": "art"},
+        {"task": "generation", "question": "Where?", "answer": "Born in Lisbon."}, {"question": "No task.", "answer": "None."}]
+    asked = []
+    monkeypatch.setattr(eval, "encode", lambda model, proc, samples, pictures: asked.extend(s["question"] for s in samples))
+    monkeypatch.setattr(eval, "respond", lambda *a, **k: ["B: Lisbon", "B.", "A", "A Party.", "Born in Oslo."])
+    metrics, spoken, responses = eval.evaluate_mllmu(model, proc, samples)
+    assert asked[2:] == [
+        "Where?\nA: Oslo\nB: Lisbon\nJust give ONE letter representing the answer directly.",
+        "Born in [Blank].\nPlease **ONLY** provide the correct answer that should replace the [Blank].\n"
+        "Please fill in the [Blank] with the correct answer.",
+        "Where?\nAnswer the question based on your trained knowledge in one sentence accurately in ENGLISH."]
+    assert metrics["accuracy"] == pytest.approx(1 / 3) and metrics["cloze"] == 1.0 and responses == ["Born in Oslo."]
+    assert metrics["rouge_1"] == pytest.approx(2 / 3) and metrics["rouge_2"] == 0.5
+
+
 # ------------------------------------------------------------------------------ stage 1
 
 
@@ -855,3 +965,25 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, argv, word, capsys):
     assert stop.value.code == 2 and word in err and "Traceback" not in err
     assert len(err.splitlines()) == 1 or "usage:" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_eval_s_command(tmp_path, capsys):
+    """Any checkpoint, each flag, a few samples: the table, the file, and a judge of no use whose failures are missing."""
+    small_data(tmp_path)
+    for name in ("forget", "retain", "test"):
+        samples = json.loads((tmp_path / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json").write_text(json.dumps(samples[::4]))
+    out = tmp_path / "metrics.json"
+    argv = ["--data", tmp_path, "--out", out, "--deep", "--retrained", HERE / "data/retrained", "--judge", EMBEDDED]
+    found = eval.main([str(a) for a in argv])["measured"]
+    assert json.loads(out.read_text())["measured"] == found and "over-refusal" in capsys.readouterr().out
+    assert found["forget"]["fact_recall"] > 0.8 and {"truth_ratio", "forget_quality", "choice_unparsed"} <= found["forget"].keys()
+    missing = [sets["judge_missing"] for sets in found.values()]
+    assert all(0 <= m <= 1 for m in missing) and max(missing) > 0
+    assert all("leakage" not in sets for sets in found.values() if sets["judge_missing"] == 1)
+    for bad, word in ((["--protocol", "mllmu"], "'task'"), (["--out", str(tmp_path)], "directory"), (["--model", "nowhere"], "nowhere"),
+                      (["--data", "nowhere"], "nowhere"), (["--max-new-tokens", "0"], "max_new_tokens 0")):
+        with pytest.raises(SystemExit) as stop:
+            eval.main(["--data", str(tmp_path)] + bad)
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and err.startswith("eval.py: ") and word in err
