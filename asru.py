@@ -80,6 +80,7 @@ class Config:
     group: int = opt(8, "stage 2: responses per prompt, G", least=2)
     minibatch: int = opt(2, "stage 2: prompts per optimizer step", least=1)
     microbatch: int = opt(16, "stage 2: prompts per forward and backward; for memory alone", least=1)
+    recompute: bool = opt(False, "stage 2: make activations again in backward: a third more work, far less memory")
     mix_forget: float = opt(0.375, "stage 2: share of forget prompts", above=0, most=1)
     mix_retain: float = opt(0.375, "stage 2: share of boundary prompts; the rest are target prompts", above=0, most=1)
     withdraw: bool = opt(False, "stage 2: at its end, take back what stage 1 changed")
@@ -284,6 +285,7 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
     model.requires_grad_(False)
+    model.text.recompute = cfg.recompute
     trained = [p.requires_grad_(True) for p in projections(model)]
     reference = frozen_copy(model) if cfg.kl or cfg.step_back else None
     exact = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]   # what the optimizer moves

@@ -19,6 +19,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -192,6 +194,8 @@ def no_hook(value, site, layer):
 class Qwen3VL(nn.Module):
     """Qwen3-VL with random weights; `from_pretrained` reads a checkpoint."""
 
+    captured = True         # on CUDA, decode by a captured graph (CapturedStep); False: the plain way, the same tokens
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -332,6 +336,7 @@ class Qwen3VL(nn.Module):
         tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
         rows = torch.arange(B, device=device)                               # prompts still decoded, by their place
+        captured, graph = self.captured and device.type == "cuda", None
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
             token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(done.shape)
@@ -340,16 +345,18 @@ class Qwen3VL(nn.Module):
             done = done | torch.isin(token, eos)
             if n + 1 == max_new_tokens or done.all():
                 break
-            # 3 Finished samples and prompts leave, once enough of them do to pay for moving the rest.
+            # 3 Finished samples and prompts leave, once enough of them do to pay for moving the rest (and a new graph).
             going, width = (~done).any(1).nonzero()[:, 0], int((~done).sum(1).max())
-            if len(going) * width <= 0.75 * done.numel():
+            if len(going) * width <= (0.5 if captured else 0.75) * done.numel():
+                graph = None
                 order = done[going].long().argsort(dim=1, stable=True)[:, :width]     # unfinished samples first
                 token, done, segments = (x[going].gather(1, order) for x in (token, done, segments))
                 if len(going) < len(rows):
                     cache.keep(going)
                 rows, position = rows[going], position[going]
-            place = (position + n).expand(3, *token.shape)
-            hidden = self(Batch(token, position_ids=place, segments=segments), cache=cache)             # (B, G, D)
+            batch = Batch(token, position_ids=(position + n).expand(3, *token.shape), segments=segments)
+            graph = graph or (CapturedStep(self, cache, batch) if captured else None)
+            hidden = graph(batch) if graph else self(batch, cache=cache)                                # (B, G, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
     def _next_token(self, hidden, temperature, top_p, generator):
@@ -429,12 +436,14 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers)])
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.recompute = False      # activation checkpointing: backward makes each layer's activations again
 
     def forward(self, x, positions, segments, fork, slots, features, cache, hook):
         rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, T, 1, d)
         mask = visible(segments, fork, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, fork, cache, hook)                     # (B, T, D)
+            again = self.recompute and torch.is_grad_enabled()
+            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, fork, cache, hook)  # (B, T, D)
             if features is not None and i + 1 < len(features):  # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
             x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
@@ -553,6 +562,9 @@ def visible(segments, fork, cache, repeat, dtype):
     T = segments.shape[1]
     past = 0
     seen = segments
+    if cache is not None and cache.slots is not None:       # a captured step: an unwritten slot is of no segment
+        seen = cache.segments.index_copy_(1, cache.slots, segments)         # (B, S)
+        return additive((seen[:, None] == 0) | (seen[:, None] == segments[..., None]), repeat, dtype)
     if cache is not None:
         past = cache.end
         cache.segments[:, past:past + T] = segments
@@ -755,22 +767,62 @@ class Cache:
     """Keys and values of earlier tokens, in fixed buffers. Samples of one prompt share its row and its prefix."""
 
     def __init__(self, cfg, rows, slots, dtype, device):
+        slots += -slots % 8                                      # CUDA's attention wants its masks aligned
         shape = (cfg.num_hidden_layers, rows, cfg.num_key_value_heads, slots, cfg.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)             # (L, B, K, S, d)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)             # (L, B, K, S, d)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.segments = torch.full((rows, slots), -1, device=device)        # (B, S)
         self.end = 0                                             # slots in use; the forward moves it on
+        self.slots = None       # (T,) where the next tokens go, for a captured step: then all slots are read
 
     def write(self, layer, k, v):
         """k, v: (B, T, K, d) of new tokens -> those of all slots up to them, (B, S, K, d)."""
         stop = self.end + k.shape[1]
         for buffer, new in ((self.k, k), (self.v, v)):
-            buffer[layer, :, :, self.end:stop] = new.transpose(1, 2)
-        return (buffer[layer, :, :, :stop].transpose(1, 2) for buffer in (self.k, self.v))
+            if self.slots is None:
+                buffer[layer, :, :, self.end:stop] = new.transpose(1, 2)
+            else:
+                buffer[layer].index_copy_(2, self.slots, new.transpose(1, 2))
+        return (buffer[layer, :, :, :stop if self.slots is None else None].transpose(1, 2) for buffer in (self.k, self.v))
 
     def keep(self, rows):
         """Drop all rows but these."""
         self.k, self.v, self.segments = self.k[:, rows], self.v[:, rows], self.segments[rows]
+
+
+class CapturedStep:
+    """One decoding step as a CUDA graph: a replay launches the whole network at once.
+
+    What it reads and writes stays in place: the batch is copied in, the cache is read whole and written at `slots`.
+    Shapes are fixed, so when rows leave, another is captured.
+    """
+
+    def __init__(self, model, cache, batch):
+        self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
+        cache.slots = torch.arange(end, end + batch.input_ids.shape[1], device=model.device)
+        exact = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)       # no two tokens share a slot: writing is exact without a sort
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(self.batch, cache=cache)              # what is set up at a first call must not be captured
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.hidden = model(self.batch, cache=cache)                    # (B, G, D)
+        torch.use_deterministic_algorithms(exact, warn_only=True)
+        cache.end = end
+
+    READ = ("input_ids", "position_ids", "segments")
+
+    def __call__(self, batch):
+        for name in self.READ:
+            getattr(self.batch, name).copy_(getattr(batch, name))
+        width = batch.input_ids.shape[1]
+        self.cache.slots.copy_(torch.arange(self.cache.end, self.cache.end + width, device=self.hidden.device))
+        self.graph.replay()
+        self.cache.end += width
+        return self.hidden
 
 
 # ------------------------------------------------------------------------------ chat and pictures

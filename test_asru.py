@@ -132,17 +132,30 @@ def test_bfloat16_checkpoint_and_dtype(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_cached_steps_equal_the_full_pass():
-    """One token at a time through the cache, a picture row among them."""
+@pytest.mark.parametrize("captured", [False, True])
+def test_cached_steps_equal_the_full_pass(captured):
+    """One token at a time through the cache, read up to the newest slot or, as a captured step does, to its end."""
     model = random_model()
     ids = torch.tensor([[10, 11, 12, 13, 14, 15, 16], [PAD, PAD, 20, 21, 22, 23, 24]])
     mask = (ids != PAD).long()
     full = model(Batch(ids, mask))
     positions = mrope_positions(ids, mask.bool(), None, model.cfg)
     cache = Cache(model.cfg.text, 2, ids.shape[1], torch.float32, "cpu")
-    steps = [model(Batch(ids[:, t:t + 1], position_ids=positions[:, :, t:t + 1], segments=mask[:, t:t + 1] - 1), cache=cache)
-             for t in range(ids.shape[1])]
+    steps = []
+    for t in range(ids.shape[1]):
+        cache.slots = torch.arange(t, t + 1) if captured else None
+        steps.append(model(Batch(ids[:, t:t + 1], position_ids=positions[:, :, t:t + 1], segments=mask[:, t:t + 1] - 1), cache=cache))
     assert (torch.cat(steps, 1) - full)[mask.bool()].abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a captured graph needs CUDA")
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "num_samples": 4}])
+def test_captured_decoding_gives_the_plain_tokens(sampling):
+    model, said = random_model().cuda(), []
+    for model.captured in (True, False):
+        generator = torch.Generator("cuda").manual_seed(0)
+        said.append(model.generate(mixed_batch().to("cuda"), 24, generator=generator, **sampling))
+    assert torch.equal(*said)
 
 
 def test_rows_do_not_see_each_other_or_their_padding():
@@ -794,15 +807,18 @@ def test_microbatches_and_head_chunks_change_nothing(tiny, monkeypatch, microbat
     assert (after[0] - after[1]).abs().max() < 1e-5
 
 
-def test_shared_prefix_gives_the_plain_gradient(tiny):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_prefix_gives_the_plain_gradient(tiny, recompute):
     """One prompt with G responses beside each other: loss and gradient as with G rows of prompt and response."""
     model, proc, data, prompts = tiny()
     cfg = asru.Config(max_new_tokens=10, group=4, top_p=1.0, temperature=1.2)
     pool, rows, tokens, keep = rollout(model, prompts, cfg)
     weights = torch.randn(int(keep.sum()), generator=torch.Generator().manual_seed(0))
     names = ["layers.0.self_attn.k_proj.weight", "layers.2.mlp.gate_proj.weight", "embed_tokens.weight"]
+    model.text.recompute = recompute
     logp, _ = asru.response_logp(model, None, pool.batch(rows, "cpu"), tokens, keep, cfg)
     shared = torch.autograd.grad((logp * weights).sum(), [model.text.get_parameter(n) for n in names])
+    model.text.recompute = False
     logp_plain = torch.cat([asru.response_logp(model, None, pool.batch([i], "cpu"), tokens[q, g][None, None],
                                                keep[q, g][None, None], cfg)[0] for q, i in enumerate(rows) for g in range(4)])
     plain = torch.autograd.grad((logp_plain * weights).sum(), [model.text.get_parameter(n) for n in names])
