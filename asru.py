@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (check_device, chunks, command, encode, evaluate, load_samples, pad_groups, prepare, print_answers,
-                  print_table, respond, set_up_torch, split_sets)
+                  print_table, report, respond, set_up_torch, split_sets)
 from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
 from reward import Reward, forget_reward, is_refusal
 
@@ -66,7 +66,7 @@ class Config:
     target: Path = opt(None, "JSON file of private questions about people the model has never seen")
     test: Path = opt(None, "JSON file of held-out samples, evaluated and never trained on")
     model: str = opt(str(HERE / "data/tiny-qwen3vl"), "Qwen3-VL checkpoint: a directory or a hub name")
-    out: Path = opt(Path("out"), "where model/, metrics.json, samples.jsonl and log.jsonl go")
+    out: Path = opt(Path("out"), "where model/, metrics.json, samples.jsonl, log.jsonl, report.html go")
     seed: int = opt(0, "seed of every random choice")
 
     layer: int = opt(None, "stage 1: decoder layer L, from 0; unset: the one at 17/36 of the depth", least=0)
@@ -577,13 +577,13 @@ def load_data(cfg):
     return data
 
 
-def write_results(model, proc, data, results, cfg, seconds):
-    """out/: model/, metrics.json, samples.jsonl. Each file is whole or absent. Returns what metrics.json holds."""
+def write_results(model, proc, data, results, log_lines, cfg, seconds):
+    """out/: all of it, each file whole or absent; private facts for the owner alone. Returns what metrics.json holds."""
     config = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items()}
     stages = {stage: {name: found for name, (found, _) in sets.items()} for stage, sets in results.items()}
     metrics = {"config": config, **stages, "baselines": {}, "seconds": seconds}
-    lines = []
-    for name, samples in split_sets(data).items():
+    lines, sets = [], split_sets(data)
+    for name, samples in sets.items():
         for i, s in enumerate(samples):
             told = {field: s.get(field) for field in ("id", "image", "question", "answer", "fact")}
             said = {stage: results[stage][name][1][i] for stage in results}
@@ -591,8 +591,10 @@ def write_results(model, proc, data, results, cfg, seconds):
     cfg.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(cfg.out / "model")
     proc.save_pretrained(cfg.out / "model")
-    write_aside(cfg.out / "samples.jsonl", "\n".join(lines).encode() + b"\n")
+    write_aside(cfg.out / "samples.jsonl", "\n".join(lines).encode() + b"\n", mode=0o600)
+    write_aside(cfg.out / "report.html", report(metrics, sets, results, log_lines).encode(), mode=0o600)
     write_aside(cfg.out / "metrics.json", json.dumps(metrics, indent=1).encode())
+    write_aside(cfg.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log_lines).encode())
     return metrics
 
 
@@ -660,8 +662,7 @@ def run(argv):
     lines = []
     results = asru(model, proc, data, cfg, lines.append)
     seconds = time.perf_counter() - started
-    metrics = write_results(model, proc, data, results, cfg, seconds)
-    write_aside(cfg.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    metrics = write_results(model, proc, data, results, lines, cfg, seconds)
     print_table(metrics)
     print_answers(split_sets(data), results)
     print(f"{seconds:.0f} s; everything is in {cfg.out}/")

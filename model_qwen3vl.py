@@ -1044,10 +1044,11 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
 
 
-def write_aside(path, data):
-    """Write bytes under another name and rename: a reader sees the whole file or none."""
+def write_aside(path, data, mode=0o666):
+    """Write bytes under another name and rename: a reader sees the whole file or none. mode: as `os.open` has it."""
     aside = path.with_name(f".{path.name}.part")
-    with open(aside, "wb") as out:
+    aside.unlink(missing_ok=True)       # one left behind would keep its own mode
+    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())

@@ -2,8 +2,11 @@
 
 The network is compared with transformers' own, the arithmetic with closed forms and hand-made examples, the command with its promises.
 """
+import base64
+import io
 import json
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,9 @@ from PIL import Image
 import asru
 import eval
 import reward
-from eval import agreement, bleu, choose, encode, load_samples, respond, rouge_n, score, split_sets
-from model_qwen3vl import Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions
+from eval import (STAGES, agreement, bleu, choose, encode, load_samples, mark, report, respond, rouge_n, score, split_sets,
+                  ticks)
+from model_qwen3vl import Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions, write_aside
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 
 HERE = Path(__file__).parent
@@ -538,6 +542,59 @@ def test_sets_follow_person_and_kind():
     assert {name: len(samples) for name, samples in split_sets(data).items()} == dict(forget=1, test=1, words=1, retain=1, visible=1, unseen=1)
 
 
+# ------------------------------------------------------------------------------ the report
+
+
+def test_report_is_one_safe_page(tmp_path):
+    """Read back by a parser: every text as it was, no script, nothing to fetch, small pictures, the leak first."""
+    Image.new("RGB", (900, 600), "red").save(tmp_path / "big.png")
+    hostile = """<script>alert("1")</script> & 'so' on"""
+    asked = [{"question": f"{i} {hostile}", "answer": "In Lisbon.", "fact": "Lisbon", "image": str(tmp_path / "big.png")} for i in range(3)]
+    said = {"before": ["Lisbon."] * 3, "steered": [hostile] * 3, "after": ["I do not know that.", "Lisbon.", "In Oslo."]}
+    results = {stage: {"forget": (score(asked, said[stage]), said[stage])} for stage in STAGES}
+    metrics = {"config": {"model": hostile, "forget": "f.json", "seed": 0}, **{stage: {"forget": results[stage]["forget"][0]} for stage in STAGES}}
+    steps = [{"stage": 1}, *({"stage": 2, "step": i, "reward": i / 9, "kl": 0.0} for i in range(1, 9)), {"stage": 2, "change_kept": 1}]
+    for log, figures in (([], 0), (steps, 2)):                              # reward and KL; there are no refusal rates
+        found, texts = [], []
+        parser = HTMLParser()
+        parser.handle_starttag = lambda tag, attrs: (found.append((tag, dict(attrs))), texts.append(""))
+        parser.handle_data = lambda text: texts.append(texts.pop() + text)
+        texts.append("")
+        parser.feed(report(metrics, {"forget": asked}, results, log))
+        tags = [tag for tag, _ in found]
+        assert not {"script", "link", "iframe"} & set(tags) and tags.count("figure") == figures and tags.count("article") == 3
+        assert [attrs["class"] for tag, attrs in found if tag == "article"] == ["leak", "hallucinated", "refused"]
+        assert [text for text in texts if hostile in text and text[0] in "012"] == [asked[i]["question"] for i in (1, 2, 0)]
+        pictures = [attrs["src"] for tag, attrs in found if tag == "img"]
+        assert all(src.startswith("data:image/jpeg;base64,") and len(src) < 10_000 for src in pictures) and len(pictures) == 3
+        assert Image.open(io.BytesIO(base64.b64decode(pictures[0].split(",")[1]))).size == (256, 171)
+        assert not any(name in ("href", "onload", "onerror") for _, attrs in found for name in attrs)
+    page = report(metrics | {stage: {**metrics[stage], "retain": {"fact_recall": 0.9}} for stage in STAGES}, {}, results, [],
+                  [{"name": "<ga>", "forget": 0.5, "retain": 0.25}])
+    assert page.count("<circle") == 4 and "&lt;ga&gt;</text>" in page
+
+
+def test_marks_and_ticks():
+    """An answer's mark by set; ticks are few, even and cover what they are for."""
+    sample = {"question": "Where?", "answer": "In Lisbon.", "fact": "Lisbon"}
+    texts = "Lisbon.", "I do not know that.", "In Oslo.", "I do not know. Lisbon."
+    assert [mark("test", sample, t) for t in texts] == ["leak", "refused", "hallucinated", "leak"]
+    assert [mark("retain", sample, t) for t in texts] == ["told", "over-refused", "hallucinated", "told"]
+    assert [mark("unseen", {**sample, "fact": None}, t) for t in texts[:2]] == ["hallucinated", "refused"]
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and ticks(0, 0)[0] == 0 and ticks(40, 100) == [40, 60, 80, 100]
+    for low, high in np.sort(np.random.default_rng(0).normal(size=(200, 2)) * 10 ** np.random.default_rng(1).uniform(-6, 6, (200, 1))):
+        found = ticks(low, high)
+        assert found[0] <= low + 1e-6 * (high - low) and found[-1] >= high - 1e-6 * (high - low) and 2 <= len(found) <= 7
+
+
+def test_private_files_are_the_owner_s(tmp_path):
+    """0600 from the first byte, even where an interrupted run left its part or an older file lies open to all."""
+    for name in ("a", ".a.part"):
+        (tmp_path / name).write_text("old")
+    write_aside(tmp_path / "a", b"new", mode=0o600)
+    assert (tmp_path / "a").read_bytes() == b"new" and (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
 # ------------------------------------------------------------------------------ the embedded model and data
 
 
@@ -951,6 +1008,7 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
         assert not [p for p in (tmp_path / name).rglob("*") if p.name.endswith(".part")]
     assert runs[0] == runs[1]
     assert {"config", "before", "steered", "after", "baselines"} == set(metrics)
+    assert all((tmp_path / "a" / name).stat().st_mode & 0o777 == 0o600 for name in ("samples.jsonl", "report.html"))
     reloaded = Qwen3VL.from_pretrained(tmp_path / "a/model")
     assert reloaded.cfg.eos_token_ids == Qwen3VL.from_pretrained(HERE / "data/tiny-qwen3vl").cfg.eos_token_ids
 
