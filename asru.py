@@ -45,8 +45,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (encode, evaluate, load_samples, pad_groups, prepare, print_answers, print_table, respond,
-                  split_sets)
+from eval import (encode, evaluate, load_samples, pad_groups, prepare, print_answers, print_table, projections,
+                  respond, split_sets)
 from model_qwen3vl import Processor, Qwen3VL, first_line, read_json, write_aside
 from reward import Reward, forget_reward, is_refusal
 
@@ -333,11 +333,6 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
     if cfg.step_back:
         log({"stage": 2, "change_kept": step_back(model, reference, proc, forget, cfg)})
     model.requires_grad_(True)
-
-
-def projections(model):
-    """What stage 2 trains: every matrix of the decoder's layers."""
-    return [p for p in model.text.layers.parameters() if p.dim() == 2]
 
 
 @torch.no_grad()
