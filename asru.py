@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (check_device, chunks, command, encode, evaluate, load_samples, pad_groups, prepare, print_answers,
-                  print_table, report, respond, set_up_torch, split_sets)
+                  print_table, projections, report, respond, set_up_torch, split_sets)
 from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
 from reward import Reward, forget_reward, is_refusal
 
@@ -334,11 +334,6 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
     if cfg.step_back:
         log({"stage": 2, "change_kept": step_back(model, reference, proc, forget, cfg)})
     model.requires_grad_(True)
-
-
-def projections(model):
-    """What stage 2 trains: every matrix of the decoder's layers."""
-    return [p for p in model.text.layers.parameters() if p.dim() == 2]
 
 
 @torch.no_grad()

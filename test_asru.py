@@ -17,9 +17,9 @@ from PIL import Image
 import asru
 import eval
 import reward
-from eval import (STAGES, agreement, bleu, choose, encode, load_samples, mark, report, respond, rouge_n, score, split_sets,
-                  ticks)
-from model_qwen3vl import Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions, write_aside
+from eval import (STAGES, agreement, answer_logp, attack, attack_table, bleu, choose, distorted, encode, load_samples, mark, opened,
+                  projections, relearn, report, respond, restored, rouge_n, rounded, score, split_facts, split_sets, ticks, told)
+from model_qwen3vl import Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions, open_image, write_aside
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 
 HERE = Path(__file__).parent
@@ -709,6 +709,94 @@ def test_mllmu_asks_and_decides_as_the_benchmark(tiny, monkeypatch):
         "Where?\nAnswer the question based on your trained knowledge in one sentence accurately in ENGLISH."]
     assert metrics["accuracy"] == pytest.approx(1 / 3) and metrics["cloze"] == 1.0 and responses == ["Born in Oslo."]
     assert metrics["rouge_1"] == pytest.approx(2 / 3) and metrics["rouge_2"] == 0.5
+# ------------------------------------------------------------------------------ attacks
+
+
+def held_out(tiny, number):
+    """The embedded model, its processor and data, a few held-out questions about the forget people, of both ways."""
+    model, proc, data, prompts = tiny()
+    sets = split_sets(data)
+    return model, proc, data, encode(model, proc, sets["test"][:number] + sets["words"][:number], prompts["forget"].pictures)
+
+
+def test_rounded_by_hand():
+    """3 bits in groups of 2 columns: steps 3/3 and 0.6/3; then 8 and 4 bits: on the grid, at most half a step away."""
+    weight = torch.tensor([[3.0, -1.4, 0.6, 0.29], [0.0, 0.0, -6.0, 3.1]])
+    assert torch.allclose(rounded(weight, 3, 2), torch.tensor([[3.0, -1.0, 0.6, 0.2], [0.0, 0.0, -6.0, 4.0]]))
+    weight = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
+    for bits, group, q in ((8, None, 127), (4, 64, 7)):
+        small = rounded(weight, bits, group)
+        assert torch.allclose(rounded(small, bits, group), small, rtol=1e-6)
+        for old, new in zip(weight.split(group or 100, 1), small.split(group or 100, 1)):
+            step = old.abs().max(1, keepdim=True).values / q
+            assert (old - new).abs().le(step / 2 * (1 + 1e-5)).all() and (new - old).abs().max() > 0
+            assert (new / step - (new / step).round()).abs().max() < 1e-4 and (new / step).abs().max() < q + 1e-3
+
+
+def test_opened_prompts_are_the_chat_and_the_beginning(tiny):
+    """As the whole chat is tokenised, cut before the fact; answers that begin with it are left out; nothing is told yet."""
+    model, proc, data, asked = held_out(tiny, 6)
+    begun, expected = opened(proc, asked), []
+    for s in asked.samples:
+        words = s["answer"].partition(s["fact"])[0].rstrip()
+        if words and words != s["answer"]:
+            picture = [{"type": "image", "image": s["image"]}] if s.get("image") else []
+            chat = [{"role": "user", "content": [*picture, {"type": "text", "text": s["question"]}]},
+                    {"role": "assistant", "content": words}]
+            ids = proc([chat], add_generation_prompt=False).input_ids[0].tolist()
+            expected.append((s["id"], ids[:-len(proc.tokenizer("<|im_end|>\n")["input_ids"])]))
+    assert [(s["id"], t.tolist()) for s, t in zip(begun.samples, begun.tokens)] == expected and 0 < len(begun) < len(asked)
+    assert not any(contains(s["fact"], proc.tokenizer.decode(t)) for s, t in zip(begun.samples, begun.tokens))
+
+
+def test_distorted_pictures_differ_and_repeat(embedded, tmp_path):
+    """Each way changes every picture, keeps its size, and does the same again; grey has no colour."""
+    samples = [s for s in embedded[1]["forget"] if s.get("image")][:3]
+    pixels = lambda samples: np.stack([np.asarray(open_image(s["image"])) for s in samples])
+    for how in ("crop", "noise", "grey"):
+        one, two = (pixels(distorted(samples, how, tmp_path, 0)) for _ in "ab")      # the second overwrites the first
+        assert np.array_equal(one, two) and one.shape == pixels(samples).shape
+        assert all((new != old).any() for new, old in zip(one, pixels(samples)))
+        assert (how == "grey") == bool((one == one[..., :1]).all())
+
+
+def test_relearning_asks_what_is_not_taught(embedded):
+    """Both halves have something; no fact that is asked for is among those that anybody may relearn."""
+    _, data, _ = embedded
+    sets = split_sets(data)
+    shown, hidden = split_facts(data["forget"], sets["test"] + sets["words"], random.Random(0))
+    taught = {s["fact"] for samples in shown for s in samples}
+    assert hidden and not taught & {s["fact"] for s in hidden}
+    assert len(shown) == len({s["person"] for s in data["forget"]})
+    for samples in shown:
+        assert len({s["person"] for s in samples}) == 1 and len({s["fact"] for s in samples}) == 3 and len(samples) >= 5
+
+
+def test_relearning_moves_the_weights_and_puts_them_back(tiny):
+    """At a rate that changes every answer the curve shows it; afterwards, and after an error, all weights are bit-equal."""
+    model, proc, data, asked = held_out(tiny, 2)
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    likelihood = lambda: answer_logp(model, proc, asked, range(len(asked)))[0].sum().item()
+    curve = relearn(model, proc, asked, projections(model), likelihood, 1e-4, 0)
+    assert len(curve) == 5 and curve[-1] > curve[0]                         # it was taught what it is measured on
+    with pytest.raises(ZeroDivisionError), restored(projections(model)):
+        projections(model)[0].data.add_(1)
+        1 / 0
+    assert all(torch.equal(value, old[name]) for name, value in model.state_dict().items())
+
+
+def test_attack_has_a_row_each_and_repeats(tiny, monkeypatch):
+    """On two samples a row: every attack has its row; the same seed gives the same; greedy tells no more than any of many."""
+    model, proc, data, asked = held_out(tiny, 3)
+    greedy, many = told(model, proc, asked, 20), told(model, proc, asked, 20, num_samples=8, temperature=1.0,
+                                                     generator=torch.Generator().manual_seed(0))
+    assert greedy == [contains(s["fact"], r) for s, r in zip(asked.samples, respond(model, proc, asked, 20))]
+    assert sum(many) >= sum(greedy)
+    monkeypatch.setattr("eval.STEPS", (1, 2))
+    rows = attack(model, proc, data, limit=2, max_new_tokens=12)
+    assert len(rows) == 14 and all(0 <= row["recall"] <= 1 and 0 < row["samples"] <= 2 for row in rows.values())
+    assert rows == attack(model, proc, data, limit=2, max_new_tokens=12)
+    assert len(attack_table({"before": rows, "after": rows})) == 1 + 10 + 4 * 3
 
 
 # ------------------------------------------------------------------------------ stage 1
