@@ -109,17 +109,17 @@ class Config:
     skip_steer: bool = opt(False, "leave out stage 1")
     skip_rl: bool = opt(False, "leave out stage 2")
 
-    method: str = opt("asru", "asru-paper: without what we added, at the scale (lr, steps, layer, strength ...) of the model's "
-                      "asru.json; steer, rl: one stage alone; ga, ga_diff, kl_min, npo, idk, mmunlearner",
-                      among=("asru", "asru-paper", "steer", "rl", *BASELINES))
+    method: str = opt("asru", "asru-paper: without what we added, at the scale (lr, steps, layer, strength ...) of the "
+                      "model's asru.json, as the paper's lr does nothing to a small model; steer, rl: one stage; ga, "
+                      "ga_diff, kl_min, npo, idk, mmunlearner", among=("asru", "asru-paper", "steer", "rl", *BASELINES))
     paper_table: bool = opt(False, "reward: the paper's table as it is printed, and no term of ours")
     random_boundary: bool = opt(False, "draw the boundary set at random, not by nearness")
     baseline_lr: float = opt(5e-5, "baseline: learning rate of Adam", above=0)
     baseline_epochs: int = opt(4, "baseline: passes over the forget file, at most", least=1)
     baseline_batch: int = opt(4, "baseline: forget prompts per step, and as many retain prompts", least=1)
     beta: float = opt(0.4, "npo: beta", above=0)
-    stop: str = opt("utility", "baseline: utility: where retain recall still is 0.95 of before; forgetting: where forget "
-                    "recall is at most 0.05", among=("utility", "forgetting"))
+    stop: str = opt("utility", "baseline: utility: the last check with retain recall 0.95 of before; forgetting: the "
+                    "first with forget recall at most 0.05", among=("utility", "forgetting"))
     compare: bool = opt(False, "run every method over several seeds, print the table, write compare.json alone")
     seeds: int = opt(5, "compare: number of seeds, from --seed on", least=1)
     sweep: bool = opt(False, "print what stage 1 does at every layer and several lambda; nothing is written")
@@ -624,14 +624,15 @@ def descend(model, proc, prompts, cfg, log):
     model.requires_grad_(True)
 
 
-CHECK, UTILITY, FORGOTTEN = 5, 0.95, 0.05       # steps between two checks; the bounds of the two stops
+CHECK = 5                                       # steps of a baseline between two checks
+UTILITY, LOST, FORGOTTEN = 0.95, 0.5, 0.05
 
 
 def verdict(stop, before, now):
-    """(recall, refused) of forget and retain -> (keep these weights, go on). utility: while retain recall is at least
-    UTILITY of before; forgetting: keep all, until forget recall is at most FORGOTTEN."""
-    held = now["retain"][0] >= UTILITY * before["retain"][0]
-    return (held, held) if stop == "utility" else (True, now["forget"][0] > FORGOTTEN)
+    """(recall, refused) of forget and retain -> (keep these weights, go on). utility: keep where retain recall is
+    UTILITY of before, go on till it is LOST, as some recover; forgetting: go on till forget recall is FORGOTTEN."""
+    share = now["retain"][0] / max(1e-9, before["retain"][0])
+    return (share >= UTILITY, share >= LOST) if stop == "utility" else (True, now["forget"][0] > FORGOTTEN)
 
 
 def baseline_loss(method, model, reference, proc, forget, retain, beta):
@@ -721,7 +722,7 @@ def quick_scores(model, proc, parts, cfg):
 
 
 def paper_reward(responses, samples, roles, twins):
-    """The paper's table as printed, called as a `Reward`: the sentence tells, the fact alone does not; any form will do."""
+    """The paper's table as printed, called as a `Reward`: the sentence tells, the fact alone does not; form is free."""
     def worth(text, answer, forgets):
         if contains(answer, text) or REFUSAL.search(normalize(text)):
             return float(contains(answer, text) != forgets)
@@ -779,8 +780,8 @@ def compare(model, proc, data, cfg):
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_aside(cfg.out / "compare.json", json.dumps(report, indent=1).encode())
     print("\n".join(comparison_table(rows)))
-    print("\nasru over the baselines' mean: effectiveness {:.2f}x (the paper's 1.246x) and contextual refusal {:.1f}x (5.8x) "
-          "at equal utility; {:.1f}x at equal forgetting".format(*report["ratios"].values()))
+    print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal {:.1f}x "
+          "(paper 5.8x); at equal forgetting {:.1f}x".format(*report["ratios"].values()))
     return report
 
 
@@ -836,7 +837,8 @@ def comparison_table(rows):
     lines = [f"{'':19}" + "".join(f"{head[:9]:>11}" for head in [*heads, "seconds"])]
     for name, row in rows.items():
         for title, keys in ((name, ["mean"]), ("", ["low", "high"])):
-            shown = [[f"{unit.get(head, 100) * row[head][key]:.3g}" for key in keys] if head in row else [] for head in heads]
+            shown = [[f"{unit.get(head, 100) * row[head][key]:.3g}" for key in keys] if head in row else []
+                     for head in heads]
             last = f"{row['seconds']['mean']:11.0f}" if title else ""
             lines.append(f"{title:19}" + "".join(f"{'-'.join(cell):>11}" for cell in shown) + last)
     return lines
