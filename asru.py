@@ -780,8 +780,8 @@ def compare(model, proc, data, cfg):
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_aside(cfg.out / "compare.json", json.dumps(report, indent=1).encode())
     print("\n".join(comparison_table(rows)))
-    print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal {:.1f}x "
-          "(paper 5.8x); at equal forgetting {:.1f}x".format(*report["ratios"].values()))
+    print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal "
+          "{:.1f}x (paper 5.8x); at equal forgetting {:.1f}x".format(*report["ratios"].values()))
     return report
 
 
