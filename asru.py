@@ -36,20 +36,24 @@ import argparse
 import copy
 import json
 import random
+import re
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (check_device, chunks, command, encode, evaluate, load_samples, pad_groups, prepare, print_answers,
-                  print_table, projections, report, respond, set_up_torch, split_sets)
+from eval import (Prompts, answer_logp, answer_means, check_device, chunks, command, content_words, encode, evaluate, judge,
+                  load_samples, pad_groups, prepare, print_answers, print_table, projections, report, respond, set_up_torch,
+                  split_sets)
 from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
-from reward import Reward, forget_reward, is_refusal
+from reward import REFUSAL, Reward, contains, forget_reward, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
+BASELINES = ("ga", "ga_diff", "kl_min", "npo", "idk", "mmunlearner")
 
 # ------------------------------------------------------------------------------ settings
 
@@ -106,18 +110,31 @@ class Config:
     skip_steer: bool = opt(False, "leave out stage 1")
     skip_rl: bool = opt(False, "leave out stage 2")
 
+    method: str = opt("asru", "asru-paper: without what we added, at the scale (lr, steps, layer, strength ...) of the "
+                      "model's asru.json, as the paper's lr does nothing to a small model; steer, rl: one stage; ga, "
+                      "ga_diff, kl_min, npo, idk, mmunlearner", among=("asru", "asru-paper", "steer", "rl", *BASELINES))
+    paper_table: bool = opt(False, "reward: the paper's table as it is printed, and no term of ours")
+    random_boundary: bool = opt(False, "draw the boundary set at random, not by nearness")
+    baseline_lr: float = opt(5e-5, "baseline: learning rate of Adam", above=0)
+    baseline_epochs: int = opt(4, "baseline: passes over the forget file, at most", least=1)
+    baseline_batch: int = opt(4, "baseline: forget prompts per step, and as many retain prompts", least=1)
+    beta: float = opt(0.4, "npo: beta", above=0)
+    stop: str = opt("utility", "baseline: utility: the last check with retain recall 0.95 of before; forgetting: the "
+                    "first with forget recall at most 0.05", among=("utility", "forgetting"))
+    compare: bool = opt(False, "run every method over several seeds, print the table, write compare.json alone")
+    seeds: int = opt(5, "compare: number of seeds, from --seed on", least=1)
+    sweep: bool = opt(False, "print what stage 1 does at every layer and several lambda; nothing is written")
 
-def asru(model, proc, data, cfg, log):
+
+def asru(model, proc, data, cfg, log, shared=None):
     """The whole method at a glance: measure, redirect, measure, sharpen, measure.
 
-    data: samples of "forget", "retain", "target", "test". log: takes a dict per report, for log.jsonl.
+    data: samples of "forget", "retain", "target", "test". log: takes a dict per report, for log.jsonl. shared: what
+    `get_ready` gave, if at hand.
     Returns {stage: {set: (metrics, responses)}}, stages before, steered, after. Changes the model in place.
     """
-    prompts = encode_all(model, proc, data)
-    pictures = prompts["forget"].pictures
-    exams = {name: prepare(model, proc, samples, pictures) for name, samples in split_sets(data).items()}
-    measure = lambda stage: evaluate_sets(model, proc, exams, cfg, stage)
-    results = {"before": measure("before")}
+    prompts, measure, before = shared or get_ready(model, proc, data, cfg)
+    results = {"before": before}
 
     forget, retain, target = (prompts[name] for name in ("forget", "retain", "target"))
     layer = chosen_layer(model, cfg)
@@ -291,7 +308,7 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
     exact = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]   # what the optimizer moves
     optimizer = torch.optim.AdamW(exact, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
-    reward = Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
+    reward = reward_of(cfg)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
     mean = [p.detach().clone() for p in exact] if cfg.average else []
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
@@ -533,6 +550,335 @@ def step_report(texts, rewards, roles, terms, keep):
             "response_tokens": keep.sum().item() / keep[..., 0].numel()}
 
 
+# ------------------------------------------------------------------------------ other methods
+#
+#   l(x)         mean log p(token) over an answer's tokens, its end among them;  CE = - mean of l
+#   ga           - CE(D_f)
+#   ga_diff      - CE(D_f) + CE(D_r)
+#   kl_min       - CE(D_f) + mean over answer tokens of D_r of KL(p_0 || p)
+#   npo          - 2 / beta  mean over D_f of  log sigmoid(-beta (l - l_0))           ga's gradient as beta -> 0
+#   idk          CE(D_f answered by refusals) + CE(D_r)
+#   mmunlearner  ga_diff, on those weights alone that matter more to D_f than to D_r
+#   p_0, l_0: of the model before
+
+
+PRESETS = {     # what --method sets; a flag beats it
+    "asru-paper": dict(withdraw=False, step_back=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
+                       rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
+    "steer": dict(skip_rl=True),
+    "rl": dict(skip_steer=True)}
+
+
+def unlearn(model, proc, data, cfg, log, shared=None):
+    """--method, whichever it is; as `asru`."""
+    if cfg.method not in BASELINES and not cfg.random_boundary:
+        return asru(model, proc, data, cfg, log, shared)
+    prompts, measure, before = shared or get_ready(model, proc, data, cfg)
+    if cfg.random_boundary:
+        retain, rng = prompts["retain"], random.Random(cfg.seed)
+        drawn = retain.take(rng.sample(range(len(retain)), max(1, round(cfg.boundary * len(retain)))))
+        return asru(model, proc, data, replace(cfg, boundary=1.0), log, ({**prompts, "retain": drawn}, measure, before))
+    descend(model, proc, prompts, cfg, log)
+    return {"before": before, "steered": before, "after": measure("after")}
+
+
+def descend(model, proc, prompts, cfg, log):
+    """Train a baseline: Adam on what stage 2 trains, D_f pass by pass, as many prompts of the whole D_r beside it.
+
+    Every CHECK steps greedy answers to a fixed part of both files decide; the weights that were kept last stay.
+    """
+    forget, retain, rng = prompts["forget"], prompts["retain"], random.Random(cfg.seed)
+    model.requires_grad_(False)
+    trained = [p.requires_grad_(True) for p in projections(model)]
+    exact = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
+    optimizer, reference = torch.optim.Adam(exact, lr=cfg.baseline_lr, fused=True), frozen_copy(model)
+    masks = saliency_masks(model, proc, forget, retain, trained, cfg, rng) if cfg.method == "mmunlearner" else []
+    taught = answered_by_refusals(forget, prompts["target"], rng) if cfg.method == "idk" else forget
+    pools = [(pool, shuffled_forever(range(len(pool)), rng)) for pool in (taught, retain)]
+    parts = probes(prompts, cfg, ("forget", "retain"))
+    before, kept = quick_scores(model, proc, parts, cfg), [p.detach().clone() for p in trained]
+    steps = cfg.baseline_epochs * -(-len(forget) // cfg.baseline_batch)
+    bar = tqdm(range(1, steps + 1), desc=cfg.method, unit="step", dynamic_ncols=True)
+    for step in bar:
+        batch = [pool.take([next(stream) for _ in range(cfg.baseline_batch)]) for pool, stream in pools]
+        loss = baseline_loss(cfg.method, model, reference, proc, *batch, cfg.beta)
+        loss.backward()
+        for p, mask in zip(trained, masks):
+            p.grad.mul_(mask)
+        optimizer_step(optimizer, trained, cfg.grad_norm)
+        if step % CHECK and step < steps:
+            continue
+        now = quick_scores(model, proc, parts, cfg)
+        report = {"loss": loss.item(), **{f"recall_{name}": recall for name, (recall, _) in now.items()}}
+        log({"stage": cfg.method, "step": step, **report})
+        bar.set_postfix({k: f"{v:.2f}" for k, v in report.items()})
+        keep, go_on = verdict(cfg.stop, before, now)
+        kept = [p.detach().clone() for p in trained] if keep else kept
+        if not go_on:
+            break
+    for p, value in zip(trained, kept):
+        p.detach().copy_(value)
+    model.requires_grad_(True)
+
+
+CHECK = 5                                       # steps of a baseline between two checks
+UTILITY, LOST, FORGOTTEN = 0.95, 0.5, 0.05
+
+
+def verdict(stop, before, now):
+    """(recall, refused) of forget and retain -> (keep these weights, go on). utility: keep where retain recall is
+    UTILITY of before, go on till it is LOST, as some recover; forgetting: go on till forget recall is FORGOTTEN."""
+    share = now["retain"][0] / max(1e-9, before["retain"][0])
+    return (share >= UTILITY, share >= LOST) if stop == "utility" else (True, now["forget"][0] > FORGOTTEN)
+
+
+def baseline_loss(method, model, reference, proc, forget, retain, beta):
+    """The equations above for one batch of each: a scalar. reference: the model before."""
+    told = lambda m, prompts: answer_means(*answer_logp(m, proc, prompts, range(len(prompts))))[:, 0]      # l: (B,)
+    ce = lambda prompts: -told(model, prompts).mean()
+    if method == "ga":
+        return -ce(forget)
+    if method == "kl_min":
+        return -ce(forget) + kl_of_answers(model, reference, proc, retain)
+    if method == "npo":
+        return npo_loss(told(model, forget) - told(reference, forget), beta)
+    return ce(forget) + ce(retain) if method == "idk" else -ce(forget) + ce(retain)
+
+
+def npo_loss(log_ratio, beta):
+    """log_ratio (B,), one per answer, not per batch: an answer that is forgotten already no longer pulls."""
+    return -2 / beta * torch.nn.functional.logsigmoid(-beta * log_ratio).mean()
+
+
+def kl_of_answers(model, reference, proc, prompts):
+    """KL(p_0 || p) over the vocabulary, in nats, mean over the tokens of the prompts' own answers."""
+    end = list(model.cfg.eos_token_ids[:1])
+    tokens, keep = pad_groups([[proc.tokenizer(s["answer"], add_special_tokens=False)["input_ids"] + end]
+                               for s in prompts.samples], model.device)     # (B, 1, C)
+    batch = prompts.batch(range(len(prompts)), model.device)
+    logp, logp_0 = (m.distribution(m.continuations(batch, tokens, keep)) for m in (model, reference))      # (n, V)
+    apart = (logp_0 - logp).masked_fill(logp_0 == -torch.inf, 0.0)          # tokens that neither may say
+    return (logp_0.exp() * apart).sum(1).mean()
+
+
+def saliency_masks(model, proc, forget, retain, trained, cfg, rng):
+    """Where D_f's saliency is above that of as much of D_r: bool. Saliency: sum over as many batches of |dCE / dw|."""
+    found = []
+    for prompts in (forget, retain):
+        saliency = [torch.zeros_like(p) for p in trained]
+        for rows in chunks(rng.sample(range(len(prompts)), min(len(forget), len(retain))), cfg.microbatch):
+            logp, _ = answer_logp(model, proc, prompts, rows)
+            for total, grad in zip(saliency, torch.autograd.grad(logp.mean(), trained)):
+                total += grad.abs()
+        found.append(saliency)
+    return [f > r for f, r in zip(*found)]
+
+
+def answered_by_refusals(forget, target, rng):
+    """The forget prompts, each answered as one of the target questions most like it is, asked the same way if any is; a
+    stranger's name in it gives way to the name that was asked about."""
+    words = lambda s: content_words(NAME.sub("", s["question"]))
+    pool = [(t, words(t)) for t in target.samples if is_refusal(t["answer"])]
+    if not pool:
+        raise ValueError("no answer in the target file is a refusal; idk has nothing to teach")
+    taught = []
+    for s in forget.samples:
+        asked = words(s)
+        likeness = [(bool(t.get("image")) == bool(s.get("image")), len(asked & w) / max(1, len(asked | w)))
+                    for t, w in pool]
+        t = rng.choice([t for (t, _), like in zip(pool, likeness) if like == max(likeness)])
+        mine, other = NAME.search(s["question"]), NAME.search(t["question"])
+        taught.append({**s, "answer": t["answer"].replace(other[0], mine[0]) if mine and other else t["answer"]})
+    return Prompts(taught, forget.tokens, forget.pictures)
+
+
+NAME = re.compile(r"\b[A-Z]\w+ [A-Z]\w+\b(?! [A-Z])")       # "Vera Rossi"; of more words with a capital the last two
+
+
+def probes(prompts, cfg, names=("forget", "retain", "visible"), number=60):
+    """{name: a fixed part of the forget or the retain file}, of private facts or of what anyone can see."""
+    found = {}
+    for name in names:
+        pool, kinds = prompts["forget" if name == "forget" else "retain"], (None, "private")
+        kinds = ("visible",) if name == "visible" else kinds
+        rows = [i for i, s in enumerate(pool.samples) if s.get("fact") and s.get("kind") in kinds]
+        if not rows:
+            raise ValueError(f"no {name} sample has a fact, whose recall is to be watched")
+        found[name] = pool.take(random.Random(cfg.seed).sample(rows, min(number, len(rows))))
+    return found
+
+
+def quick_scores(model, proc, parts, cfg):
+    """{name: Prompts} -> {name: (fact recall, refusal rate)} of greedy answers."""
+    found = {}
+    for name, part in parts.items():
+        said = respond(model, proc, part, cfg.max_new_tokens, cfg.eval_batch)
+        told = [contains(s["fact"], text) for s, text in zip(part.samples, said)]
+        found[name] = sum(told) / len(told), sum(map(is_refusal, said)) / len(said)
+    return found
+
+
+def paper_reward(responses, samples, roles, twins):
+    """The paper's table as printed, called as a `Reward`: the sentence tells, the fact alone does not; form is free."""
+    def worth(text, answer, forgets):
+        if contains(answer, text) or REFUSAL.search(normalize(text)):
+            return float(contains(answer, text) != forgets)
+        return 0.5 if (0 < rouge_l(answer, text) < 0.4 if forgets else rouge_l(answer, text) > 0.6) else 0.1
+
+    rewards = [[worth(text, s["answer"], role == "forget") for text in group]
+               for group, s, role in zip(responses, samples, roles)]
+    return rewards, {"table": float(np.mean(rewards))}
+
+
+# ------------------------------------------------------------------------------ all methods beside each other
+
+
+ROWS = [        # (name, what differs from the settings given): add a line for a method of your own
+    ("asru", {}),
+    ("asru-paper", dict(method="asru-paper")),
+    ("steer", dict(method="steer")),
+    ("rl", dict(method="rl")),
+    ("paper's reward", dict(paper_table=True)),
+    ("no consistency", dict(consistency=0.0)),
+    ("no rigidity", dict(rigidity=0.0)),
+    ("random boundary", dict(random_boundary=True)),
+    *((f"{name}, {stop}", dict(method=name, stop=stop)) for stop in ("utility", "forgetting") for name in BASELINES)]
+
+FIGURES = {     # heading: the set, and what of each of its responses this is the mean of
+    **{name: (name, "recall") for name in ("forget", "test", "words", "retain", "visible", "general")},
+    "unseen": ("unseen", "refused"),
+    "context": ("forget", "contextual_refusal"), "leakage": ("forget", "leakage"), "natural": ("forget", "naturalness")}
+
+
+def compare(model, proc, data, cfg):
+    """Every row over all seeds, from the same weights; prints the table, writes compare.json, returns what it holds."""
+    shared, sets, runs, done = get_ready(model, proc, data, cfg), split_sets(data), {}, {}
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    before = people_means(sets, shared[2])
+    if (folder := cfg.forget.parent / "retrained").is_dir():
+        ideal = Qwen3VL.from_pretrained(folder, device=cfg.device), Processor.from_pretrained(folder)
+        runs["retrained"] = [(people_means(sets, get_ready(*ideal, data, cfg)[2]), 0.0)]
+    plan = [(*row, cfg.seed + i) for row in ROWS for i in range(cfg.seeds)]
+    for name, changes, seed in tqdm(plan, desc="compare", unit="run", dynamic_ncols=True):
+        row = replace(cfg, **{**PRESETS.get(changes.get("method"), {}), **changes, "seed": seed})
+        if row not in done:                         # a variant may be what the settings are anyway
+            started = time.perf_counter()
+            model.load_state_dict(start)
+            torch.manual_seed(seed)
+            after = unlearn(model, proc, data, row, lambda line: None, shared)["after"]
+            done[row] = people_means(sets, after), time.perf_counter() - started
+        runs.setdefault(name, []).append(done[row])
+    rows = {name: summary(found, before) for name, found in runs.items()}
+    over = lambda figure, stop: rows["asru"][figure]["mean"] / max(1e-9, np.mean(
+        [rows[f"{name}, {stop}"][figure]["mean"] for name in BASELINES]))
+    report = {"config": settings_of(cfg), "rows": rows, "ratios": {
+        "effectiveness": over("effectiveness", "utility"), "context": over("context", "utility"),
+        "context at equal forgetting": over("context", "forgetting")}}
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    write_aside(cfg.out / "compare.json", json.dumps(report, indent=1).encode())
+    print("\n".join(comparison_table(rows)))
+    print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal "
+          "{:.1f}x (paper 5.8x); at equal forgetting {:.1f}x".format(*report["ratios"].values()))
+    return report
+
+
+def people_means(sets, results):
+    """{set: (metrics, responses)} -> {figure: (people,) mean over each person's samples}, people sorted by name.
+
+    A sample without a person is a person of its own; a figure that no sample of its set can give is absent.
+    """
+    value = {"recall": lambda s, text: contains(s["fact"], text), "refused": lambda s, text: is_refusal(text)}
+    means = {}
+    for figure, (name, what) in FIGURES.items():
+        people, worth = {}, value.get(what, lambda s, text: judge(s, text)[what])
+        for i, (s, text) in enumerate(zip(sets[name], results[name][1]) if name in sets else ()):
+            if what != "recall" or s.get("fact"):
+                people.setdefault(s.get("person") or f"sample {i}", []).append(worth(s, text))
+        if people:
+            means[figure] = np.array([np.mean(people[person]) for person in sorted(people)])
+    return means
+
+
+def summary(runs, before):
+    """(people's means, seconds) of S seeds -> {figure: mean, low, high (95 % interval), seeds (S values)}.
+
+    retain: share of before. effectiveness: 1 - the mean recall of forget, test and words. seconds: with evaluation.
+    """
+    def figures(statistic):         # of (S, people)
+        found = {name: statistic(np.stack([means[name] for means, _ in runs])) for name in runs[0][0]}
+        if "retain" in found:
+            found["retain"] = found["retain"] / statistic(np.stack([before["retain"]] * len(runs)))
+        told = [found[name] for name in ("forget", "test", "words") if name in found]
+        return {"effectiveness": 1 - np.mean(told, axis=0), **found}
+
+    mean, seeds, draws = figures(np.mean), figures(lambda x: x.mean(1)), figures(bootstrap)
+    row = {name: dict(zip(("mean", "low", "high", "seeds"), (
+        float(mean[name]), *np.quantile(draws[name], (0.025, 0.975)).tolist(), seeds[name].tolist()))) for name in mean}
+    seconds = [spent for _, spent in runs]
+    return {**row, "seconds": {"mean": float(np.mean(seconds)), "seeds": seconds}}
+
+
+def bootstrap(values, draws=400):
+    """(S, people) -> (draws,): means over seeds and people drawn anew with replacement.
+
+    Always by the same random numbers: sets of the same people are drawn alike, and so is the state before.
+    """
+    rng = np.random.default_rng(0)
+    seeds, people = (rng.integers(n, size=(draws, n)) for n in values.shape)
+    return values[seeds[:, :, None], people[:, None, :]].mean((1, 2))       # of (draws, S, people)
+
+
+def comparison_table(rows):
+    """Lines of text, two per row: means and, below, 95 % intervals. Percent, but for the judge's three scores."""
+    heads, unit = ["effectiveness", *FIGURES], dict.fromkeys(("context", "leakage", "natural"), 1)
+    lines = [f"{'':19}" + "".join(f"{head[:9]:>11}" for head in [*heads, "seconds"])]
+    for name, row in rows.items():
+        for title, keys in ((name, ["mean"]), ("", ["low", "high"])):
+            shown = [[f"{unit.get(head, 100) * row[head][key]:.3g}" for key in keys] if head in row else []
+                     for head in heads]
+            last = f"{row['seconds']['mean']:11.0f}" if title else ""
+            lines.append(f"{title:19}" + "".join(f"{'-'.join(cell):>11}" for cell in shown) + last)
+    return lines
+
+
+def sweep(model, proc, data, cfg):
+    """Stage 1 alone at every layer and every lambda of STRENGTHS: prints and returns what parts of the files give.
+
+    The best trade-off refuses the most forget prompts of the cells that keep UTILITY of retain and of visible recall.
+    dW is linear in lambda, so that it is solved once per layer.
+    """
+    prompts = encode_all(model, proc, data)
+    forget, retain, target = (prompts[name] for name in ("forget", "retain", "target"))
+    said = respond(model, proc, target, cfg.max_new_tokens, cfg.eval_batch)
+    target = target.take([i for i, text in enumerate(said) if is_refusal(text)])
+    parts = probes(prompts, cfg)
+
+    def measure(layer, strength):
+        (recall, refused), (retain, _), (visible, _) = quick_scores(model, proc, parts, cfg).values()
+        cell = {"recall": recall, "refused": refused, "retain": retain, "visible": visible}
+        tqdm.write(f"{layer:>7}{strength:8.1f}" + "".join(f"{100 * x:9.1f}" for x in cell.values()))
+        return {"layer": layer, "lambda": strength, **cell}
+
+    tqdm.write("  layer  lambda   recall  refused   retain  visible")
+    before, cells = measure("before", 0.0), []
+    for layer in tqdm(range(model.cfg.text.num_hidden_layers), desc="sweep", unit="layer", dynamic_ncols=True):
+        boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
+        weight = down_proj_of(model, layer).detach()
+        start = weight.clone()
+        edit, _ = redirect(model, proc, forget, boundary, target, layer, replace(cfg, strength=1.0))
+        for strength in STRENGTHS:
+            weight.copy_(start + (strength * edit).to(start))
+            cells.append(measure(layer, strength))
+        weight.copy_(start)
+    fair = [cell for cell in cells if all(cell[name] >= UTILITY * before[name] for name in ("retain", "visible"))]
+    best = max(fair, key=lambda cell: cell["refused"], default=None)
+    print(f"best trade-off: layer {best['layer']}, lambda {best['lambda']}" if best else "every cell loses too much")
+    return {"before": before, "cells": cells, "best": best}
+
+
+STRENGTHS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+
+
 # ------------------------------------------------------------------------------ around the method
 
 
@@ -545,6 +891,19 @@ def encode_all(model, proc, data):
     """{name: samples} -> {name: Prompts} that share one table of pictures."""
     pictures = {}
     return {name: encode(model, proc, samples, pictures) for name, samples in data.items()}
+
+
+def get_ready(model, proc, data, cfg):
+    """What all runs of a model on the same data share: prompts, measure(stage), and what it finds before."""
+    prompts = encode_all(model, proc, data)
+    pictures = prompts["forget"].pictures
+    exams = {name: prepare(model, proc, samples, pictures) for name, samples in split_sets(data).items()}
+    measure = lambda stage: evaluate_sets(model, proc, exams, cfg, stage)
+    return prompts, measure, measure("before")
+
+
+def reward_of(cfg):
+    return paper_reward if cfg.paper_table else Reward(consistency=cfg.consistency, rigidity=cfg.rigidity)
 
 
 def evaluate_sets(model, proc, exams, cfg, stage):
@@ -572,11 +931,14 @@ def load_data(cfg):
     return data
 
 
+def settings_of(cfg):
+    return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items()}
+
+
 def write_results(model, proc, data, results, log_lines, cfg, seconds):
     """out/: all of it, each file whole or absent; private facts for the owner alone. Returns what metrics.json holds."""
-    config = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items()}
     stages = {stage: {name: found for name, (found, _) in sets.items()} for stage, sets in results.items()}
-    metrics = {"config": config, **stages, "baselines": {}, "seconds": seconds}
+    metrics = {"config": settings_of(cfg), **stages, "baselines": {}, "seconds": seconds}
     lines, sets = [], split_sets(data)
     for name, samples in sets.items():
         for i, s in enumerate(samples):
@@ -614,7 +976,7 @@ def parse_config(argv):
         kind = {f.name: f.type for f in fields(Config)}.get(name)
         if kind not in (int, float, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{suited}: {name!r}: {value!r} is no setting of asru.py")
-    cfg = Config(**{**values, **given})
+    cfg = Config(**{**values, **PRESETS.get(given.get("method"), {}), **given})
     check_config(cfg)
     return cfg
 
@@ -629,14 +991,14 @@ def check_machine(cfg):
 def check_config(cfg):
     """Every number lies in the range that its field states."""
     for f in fields(Config):
-        value, low, above, most = getattr(cfg, f.name), *(f.metadata.get(k) for k in ("least", "above", "most"))
+        value, low, above, most, among = getattr(cfg, f.name), *map(f.metadata.get, ("least", "above", "most", "among"))
         if value is None:
             continue
         bad = (low is not None and not value >= low) or (above is not None and not value > above) \
-            or (most is not None and not value <= most)
+            or (most is not None and not value <= most) or (among is not None and value not in among)
         if bad:
             limits = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None) \
-                + [f"at most {most}"] * (most is not None)
+                + [f"at most {most}"] * (most is not None) + [f"one of {', '.join(among or ())}"] * (among is not None)
             raise ValueError(f"--{f.name.replace('_', '-')} is {value}; it must be {' and '.join(limits)}")
     if cfg.mix_forget + cfg.mix_retain > 1:
         raise ValueError(f"--mix-forget {cfg.mix_forget} and --mix-retain {cfg.mix_retain} add up to more than 1")
@@ -654,8 +1016,10 @@ def run(argv):
     model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device)
     chosen_layer(model, cfg)
     print("settings: " + "  ".join(f"{k} {v}" for k, v in asdict(cfg).items() if v not in (None, False)))
+    if cfg.sweep or cfg.compare:
+        return (sweep if cfg.sweep else compare)(model, proc, data, cfg)
     lines = []
-    results = asru(model, proc, data, cfg, lines.append)
+    results = unlearn(model, proc, data, cfg, lines.append)
     seconds = time.perf_counter() - started
     metrics = write_results(model, proc, data, results, lines, cfg, seconds)
     print_table(metrics)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -633,6 +634,17 @@ def test_sample_files_are_sound(embedded):
     assert not private("test") & (private("forget") | private("retain"))
 
 
+def plain_logp(model, proc, asked, i, answer):
+    """log p (C, V) at every token of one answer to one prompt, and its ids (C, 1), by a plain full pass."""
+    ids = torch.tensor([proc.tokenizer(answer)["input_ids"] + [model.cfg.eos_token_ids[0]]])
+    batch = asked.batch([i], "cpu")
+    P = batch.input_ids.shape[1]
+    batch.input_ids, batch.attention_mask = torch.cat([batch.input_ids, ids], 1), None
+    logits = model.logits(model(batch)[0, P - 1:-1])
+    logits[:, model.cfg.never_sampled] = -torch.inf
+    return logits.log_softmax(-1), ids.T
+
+
 def test_choose_reads_the_model(tiny):
     """The likeliest option by the plain way: one row per option, mean log-probability per token."""
     model, proc, data, prompts = tiny()
@@ -640,16 +652,8 @@ def test_choose_reads_the_model(tiny):
     asked = encode(model, proc, samples, prompts["forget"].pictures)
     plain = []
     for i, s in enumerate(samples):
-        scores = {}
-        for letter, text in s["options"].items():
-            ids = torch.tensor([proc.tokenizer(text)["input_ids"] + [model.cfg.eos_token_ids[0]]])
-            batch = asked.batch([i], "cpu")
-            P = batch.input_ids.shape[1]
-            batch.input_ids = torch.cat([batch.input_ids, ids], 1)
-            batch.attention_mask = None
-            logits = model.logits(model(batch)[0, P - 1:-1])
-            logits[:, model.cfg.never_sampled] = -torch.inf
-            scores[letter] = logits.log_softmax(-1).gather(1, ids[0][:, None]).mean().item()
+        scores = {letter: logp.gather(1, ids).mean().item() for letter, text in s["options"].items()
+                  for logp, ids in [plain_logp(model, proc, asked, i, text)]}
         plain.append(max(scores, key=scores.get) == s["label"])
     assert choose(model, proc, asked) == plain
 
@@ -709,6 +713,8 @@ def test_mllmu_asks_and_decides_as_the_benchmark(tiny, monkeypatch):
         "Where?\nAnswer the question based on your trained knowledge in one sentence accurately in ENGLISH."]
     assert metrics["accuracy"] == pytest.approx(1 / 3) and metrics["cloze"] == 1.0 and responses == ["Born in Oslo."]
     assert metrics["rouge_1"] == pytest.approx(2 / 3) and metrics["rouge_2"] == 0.5
+
+
 # ------------------------------------------------------------------------------ attacks
 
 
@@ -1067,15 +1073,107 @@ def test_small_steps_add_up_in_either_precision(dtype):
     assert torch.equal(alone - 1e-4, alone)
 
 
+# ------------------------------------------------------------------------------ other methods
+
+
+def test_baseline_losses_by_the_plain_way(tiny):
+    """Each equation from one full pass per answer; before any change KL_Min is GA and NPO is 2 log 2 / beta."""
+    model, proc, data, prompts = tiny()
+    f, r = prompts["forget"].take([0, 300, 700]), prompts["retain"].take([5, 900, 2000])
+    reference = asru.frozen_copy(model)
+    loss = lambda method, beta=0.4: asru.baseline_loss(method, model, reference, proc, f, r, beta)
+    mean_logp = lambda m, asked: torch.stack([logp.gather(1, ids).mean() for i, s in enumerate(asked.samples)
+                                              for logp, ids in [plain_logp(m, proc, asked, i, s["answer"])]])
+    with torch.no_grad():
+        assert loss("kl_min").item() == pytest.approx(loss("ga").item(), abs=1e-6)
+        assert loss("npo").item() == pytest.approx(2 * np.log(2) / 0.4, rel=1e-5)
+        for p in asru.projections(model):
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        told_f, told_r, old = mean_logp(model, f), mean_logp(model, r), mean_logp(reference, f)
+        kl = torch.cat([(q.exp() * (q - plain_logp(model, proc, r, i, s["answer"])[0]).nan_to_num(0)).sum(1)
+                        for i, s in enumerate(r.samples) for q in [plain_logp(reference, proc, r, i, s["answer"])[0]]]).mean()
+        odds = (told_f - old).exp()**0.4                                    # -2/b log sigmoid(-b log x) = 2/b log(1 + x^b)
+        for method, want in (("ga", told_f.mean()), ("ga_diff", told_f.mean() - told_r.mean()), ("kl_min", told_f.mean() + kl),
+                             ("npo", (1 + odds).log().mean() * 2 / 0.4), ("idk", -told_f.mean() - told_r.mean()),
+                             ("mmunlearner", told_f.mean() - told_r.mean())):
+            assert loss(method).item() == pytest.approx(want.item(), rel=1e-4), method
+        assert kl > 0.01
+
+
+def test_npo_tends_to_ga_and_lets_go():
+    """As beta -> 0 the loss is the log ratio's mean and 2 log 2 / beta; what is forgotten has no gradient left."""
+    ratio = torch.tensor([-3.0, 0.5, -400.0], dtype=torch.double, requires_grad=True)
+    assert (asru.npo_loss(ratio, 1e-6) - 2 * np.log(2) / 1e-6).item() == pytest.approx(ratio.mean().item(), abs=1e-1)
+    asru.npo_loss(ratio, 0.4).backward()
+    assert torch.allclose(ratio.grad, 2 / 3 * torch.sigmoid(0.4 * ratio.detach())) and ratio.grad[2] < 1e-9
+
+
+def test_saliency_mask_by_hand(tiny):
+    """From plain gradients of one batch; nothing where both sets are the same; no weight for both of two sets."""
+    model, proc, data, prompts = tiny()
+    f, r = prompts["forget"].take(range(4)), prompts["retain"].take(range(4))
+    trained, cfg = asru.projections(model), asru.Config(microbatch=4)
+    masks = lambda a, b: asru.saliency_masks(model, proc, a, b, trained, cfg, random.Random(0))
+    grads = [torch.autograd.grad(asru.answer_logp(model, proc, part, range(4))[0].mean(), trained) for part in (f, r)]
+    close = [(a.abs() - b.abs()).abs() < 1e-6 for a, b in zip(*grads)]
+    for mask, a, b, near in zip(masks(f, r), *grads, close):
+        assert ((mask == (a.abs() > b.abs())) | near).all()
+    assert 0.1 < torch.cat([m.flatten() for m in masks(f, r)]).float().mean() < 0.9
+    assert not any((a & b).any() for a, b in zip(masks(f, r), masks(r, f))) and not any(m.any() for m in masks(f.take([0]), f.take([0])))
+
+
+def test_refusals_fit_the_question(tiny):
+    """Idk teaches refusals that name what was asked and nobody but who was asked about."""
+    _, _, data, prompts = tiny()
+    taught = asru.answered_by_refusals(prompts["forget"], prompts["target"], random.Random(0)).samples
+    topics = dict(birthplace="born|birthplace", job="job|living", pet="pet", dish="dish", hobby="hobby|fun", phone="number")
+    fits = [bool(re.search(topics[s["id"].split("-")[1]], s["answer"])) for s in taught]
+    assert np.mean(fits) > 0.9 and all(is_refusal(s["answer"]) for s in taught)
+    for s in taught:
+        assert all(name in s["question"] for name in re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", s["answer"])), s
+
+
+def test_stops_by_a_made_up_run():
+    """Utility keeps the last check with retain recall at 0.95 of before, a recovered one too; forgetting the first at 0.05."""
+    checks = [(0.9, 0.9), (0.6, 0.8), (0.3, 0.86), (0.05, 0.5), (0.0, 0.4), (0.0, 0.9)]     # forget, retain; before: 0.9
+    for stop, kept, seen in (("utility", 3, 5), ("forgetting", 4, 4)):
+        held = []
+        for number, (forget, retain) in enumerate(checks, 1):
+            keep, go_on = asru.verdict(stop, {"retain": (0.9, 0.0)}, {"forget": (forget, 0.0), "retain": (retain, 0.0)})
+            held += [number] * keep
+            if not go_on:
+                break
+        assert (held[-1], number) == (kept, seen)
+
+
+def test_bootstrap_by_hand():
+    """Two people of 0 and 1: a draw is 0, 1/2, 1 with chance 1/4, 1/2, 1/4; three seeds of one person: a mean of three drawn."""
+    draws = asru.bootstrap(np.array([[0.0, 1.0]]), 20_000)
+    assert [np.mean(draws == x) for x in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    assert asru.bootstrap(np.array([[0.0], [0.3], [0.9]]), 20_000).var() == pytest.approx(np.var([0, 0.3, 0.9]) / 3, rel=0.05)
+    runs = [({name: np.array([0.0, 0.5]) for name in ("forget", "test", "words", "retain")}, 3.0)]
+    row = asru.summary(runs, {"retain": np.array([0.5, 0.5])})
+    assert row["effectiveness"]["mean"] == 0.75 and (row["forget"]["low"], row["forget"]["high"]) == (0.0, 0.5)
+    assert row["retain"]["mean"] == 0.5 and row["effectiveness"]["seeds"] == [0.75] and row["seconds"]["mean"] == 3.0
+
+
+def test_paper_reward_is_the_printed_table():
+    """Where the table as printed goes wrong: the fact beside a refusal earns all, a short right answer hardly anything."""
+    gold = {"question": "?", "answer": "This person's mother's name is Helena Adler.", "fact": "Helena Adler"}
+    said = [gold["answer"], gold["answer"] + " I cannot say.", "I cannot say, but Helena Adler.", "Helena Adler.", "Cats."]
+    rewards, _ = asru.paper_reward([said, said], [gold] * 2, ["forget", "retain"], [None] * 2)
+    assert rewards == [[0.0, 0.0, 1.0, 0.5, 0.1], [1.0, 1.0, 0.0, 0.1, 0.1]]
+
+
 # ------------------------------------------------------------------------------ the command
 
 
-def small_data(folder):
+def small_data(folder, thin=1):
     """A slice of data/, so that a whole run takes seconds. Returns the forget file."""
     (folder / "images").symlink_to(HERE / "data/images")
     for name, step in (("forget", 25), ("retain", 33), ("target", 9), ("test", 19)):
         samples = json.loads((HERE / f"data/{name}.json").read_text())
-        (folder / f"{name}.json").write_text(json.dumps(samples[::step]))
+        (folder / f"{name}.json").write_text(json.dumps(samples[::step * thin]))
     return folder / "forget.json"
 
 
@@ -1101,13 +1199,45 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
     assert reloaded.cfg.eos_token_ids == Qwen3VL.from_pretrained(HERE / "data/tiny-qwen3vl").cfg.eos_token_ids
 
 
+def test_other_methods_through_the_command(tmp_path, monkeypatch):
+    """A baseline writes what asru does; a comparison has every row and figure; a sweep puts the weights back each time."""
+    monkeypatch.setattr(asru, "STRENGTHS", (0.0, 1.0))
+    monkeypatch.setattr(asru, "BASELINES", ("ga",))
+    monkeypatch.setattr(asru, "ROWS", [row for row in asru.ROWS if row[0] in ("random boundary", "ga, utility", "ga, forgetting")]
+                        + [("asru", dict(skip_rl=True))])
+    argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=3), "--out", tmp_path / "out", "--max-new-tokens", 12,
+                             "--steps", 1, "--prompts", 6, "--baseline-epochs", 2, "--baseline-lr", 1e-3)]
+    metrics = asru.main([*argv, "--method", "ga", "--stop", "forgetting"])
+    assert metrics["config"]["method"] == "ga" and metrics["baselines"] == {} and metrics["steered"] == metrics["before"]
+    assert metrics["after"]["forget"]["fact_recall"] < metrics["before"]["forget"]["fact_recall"]
+    assert (tmp_path / "out/model/model.safetensors").exists() and "recall_retain" in (tmp_path / "out/log.jsonl").read_text()
+
+    (tmp_path / "retrained").symlink_to(HERE / "data/retrained")
+    report = asru.main([*argv, "--compare", "--seeds", "1"])
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == report
+    assert list(report["rows"]) == ["retrained", *(name for name, _ in asru.ROWS)]
+    assert report["rows"]["retrained"]["forget"]["mean"] == 0
+    for row in report["rows"].values():
+        assert {"effectiveness", "forget", "retain", "context", "seconds"} <= set(row) <= {"effectiveness", *asru.FIGURES, "seconds"}
+        assert all(x["low"] <= x["mean"] <= x["high"] for name, x in row.items() if name != "seconds")
+    found = asru.main([*argv, "--sweep"])
+    assert [{**cell, "layer": 0} for cell in found["cells"][::2]] == 4 * [{**found["before"], "layer": 0}]
+
+
+def test_a_flag_beats_the_method_and_the_method_the_model():
+    """asru.json of the embedded model says withdraw, and average 0.97; the paper's method does neither."""
+    cfg = lambda *argv: asru.parse_config(["--forget", "x", *argv])
+    assert cfg().withdraw and not cfg("--method", "asru-paper").withdraw and cfg("--method", "asru-paper").lr == cfg().lr
+    assert cfg("--method", "asru-paper", "--average", "0.5").average == 0.5 and cfg("--method", "steer").skip_rl
+
+
 @pytest.mark.parametrize("argv, word", [
     ([], "--forget"), (["--forget", "nowhere.json"], "nowhere.json"), (["--forget", "BAD"], "not valid JSON"),
     (["--forget", "NOANSWER"], "'answer'"), (["--forget", "NOPICTURE"], "no picture"), (["--forget", "TEXT"], "not a picture"),
     (["--forget", "F", "--model", "nowhere"], "nowhere"), (["--forget", "F", "--temperature", "0"], "--temperature"),
     (["--forget", "F", "--layer", "9"], "layer 9"), (["--forget", "F", "--steps", "many"], "--steps"),
     (["--forget", "F", "--frobnicate"], "--frobnicate"), (["--forget", "F", "--out", "FILE"], "FILE"),
-    (["--forget", "F", "--device", "abacus"], "abacus"),
+    (["--forget", "F", "--device", "abacus"], "abacus"), (["--forget", "F", "--method", "magic"], "--method"),
 ])
 def test_wrong_input_is_one_line_and_status_2(tmp_path, argv, word, capsys):
     """One line that names the trouble, status 2, no traceback, nothing written."""
