@@ -876,6 +876,12 @@ def test_convert_mllmu(convert, tmp_path):
     assert Path(sets["test"][0]["image"]).read_bytes() in [picture(10 + i, "JPEG")["bytes"] for i in range(3)]
     assert Image.open(sets["general"][0]["image"]).getpixel((0, 0)) == (99, 0, 0)
     assert len(list((tmp_path / "a/images").iterdir())) == 5       # three portraits, another one, the celebrity's
+    pairs = json.dumps([{"Question": "Where?", "Answer": "In Lima."}])
+    for name, people in (("forget_5", ["01"]), ("retain_95", ["02", "03"])):     # the training files of the same names
+        write_parquet(tmp_path / f"train/{name}.parquet", [{"ID": p, "image": picture(int(p)), "metadata": pairs} for p in people])
+    convert.main(["mllmu", str(tmp_path / "src"), "--train", str(tmp_path / "train"), "--out", str(tmp_path / "c")])
+    assert [(s["person"], s.get("fact")) for name in ("forget", "retain") for s in load_samples(tmp_path / f"c/{name}.json")] == [
+        ("01", "Lima"), ("02", None), ("03", None)]
 
 
 def test_convert_clear(convert, tmp_path):
