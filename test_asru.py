@@ -841,7 +841,7 @@ def write_mllmu(src, file=None, field=None, value=None):
     people = {"01": ("Lima", "pilot"), "02": ("Oslo", "baker"), "03": ("Kyoto", "nurse")}
     rows = {p: mllmu_row(p, *facts, image=picture(int(p))) for p, facts in people.items()}
     pairs = lambda city, job: json.dumps([{"Question": "Where was this person born?", "Answer": f"A {job} born in {city}."},
-                                          {"Question": "What does this person like?", "Answer": "Long walks."}])
+                                          {"Question": f"Why {city}?", "Answer": f"{city} has a sea."}])
     tests = [mllmu_row(p, *facts, images=[picture(10 * int(p) + i, "JPEG") for i in range(3)]) for p, facts in people.items()]
     files = {"ft_Data": [{"ID": p, "image": picture(int(p)), "metadata": pairs(*facts)} for p, facts in people.items()],
              "forget_5": [rows["01"]], "retain_95": [rows["02"], rows["03"]], "Test_Set/0": tests[:1], "Test_Set/1": tests[1:],
@@ -863,9 +863,9 @@ def test_convert_mllmu(convert, tmp_path):
         convert.main(["mllmu", str(tmp_path / "src"), "--ratio", "5", "--out", str(tmp_path / out)])
     assert all_bytes(tmp_path / "a") == all_bytes(tmp_path / "b")
     data = {name: load_samples(tmp_path / f"a/{name}.json") for name in ("forget", "retain", "test", "forget_tasks")}
-    born, likes = data["forget"]
+    born, why = data["forget"]
     assert (born["person"], born["fact"], born["label"], born["blank"]) == ("01", "Lima", "B", "This person was born in __.")
-    assert born["options"]["B"] == "Lima" and "fact" not in likes and born["kind"] == "private" and "task" not in born
+    assert born["options"]["B"] == "Lima" and "fact" not in why and born["kind"] == "private" and "task" not in born
     assert [s["person"] for s in data["retain"]] == ["02", "02", "03", "03"]
     sets = split_sets(data)
     assert {name: [(s["task"], s["person"]) for s in sets[name]] for name in ("test", "words", "general")} == {
