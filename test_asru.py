@@ -3,10 +3,13 @@
 The network is compared with transformers' own, the arithmetic with closed forms and hand-made examples, the command with its promises.
 """
 import base64
+import importlib
 import io
 import json
 import random
 import re
+import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -1163,6 +1166,150 @@ def test_paper_reward_is_the_printed_table():
     said = [gold["answer"], gold["answer"] + " I cannot say.", "I cannot say, but Helena Adler.", "Helena Adler.", "Cats."]
     rewards, _ = asru.paper_reward([said, said], [gold] * 2, ["forget", "retain"], [None] * 2)
     assert rewards == [[0.0, 0.0, 1.0, 0.5, 0.1], [1.0, 1.0, 0.0, 0.1, 0.1]]
+
+
+# ------------------------------------------------------------------------------ data/convert.py
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "data")
+    return importlib.import_module("convert")
+
+
+def picture(shade, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(buffer, kind)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(path, rows):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def mllmu_row(person, city, job, **more):
+    """An evaluation row: the city by choice and by blank with the picture, the job by choice in words alone."""
+    choice = lambda question, right, wrong: {"Question": question, "Options": dict(zip("ABCD", [wrong, right, "Y", "Z"])),
+                                             "Correct_Answer": "B"}
+    return {"ID": person, "biography": json.dumps({"Name": f"N{person}"}), "question": "?", "answer": "!", **more,
+            "Classification_Task": {"Image_Textual_Questions": [choice("Where was this person born?", city, "Rome")],
+                                    "Pure_Text_Questions": [choice(f"What is the job of N{person}?", job, "cook")]},
+            "Mask_Task": [{"Question": "This person was born in __.", "Ground_Truth": city, "Type": "Image_Textual"}],
+            "Generation_Task": [{"Question": f"Where does N{person} come from?", "Ground_Truth": f"N{person} is from {city}.",
+                                 "Type": "Pure_Text"}]}
+
+
+def write_mllmu(src, file=None, field=None, value=None):
+    """Three people, of whom 01 goes; a celebrity who has the same ID; Test_Set in two shards.
+
+    The first row of `file` gets another value in `field`; without a value the field is left out.
+    """
+    people = {"01": ("Lima", "pilot"), "02": ("Oslo", "baker"), "03": ("Kyoto", "nurse")}
+    rows = {p: mllmu_row(p, *facts, image=picture(int(p))) for p, facts in people.items()}
+    pairs = lambda city, job: json.dumps([{"Question": "Where was this person born?", "Answer": f"A {job} born in {city}."},
+                                          {"Question": f"Why {city}?", "Answer": f"{city} has a sea."}])
+    tests = [mllmu_row(p, *facts, images=[picture(10 * int(p) + i, "JPEG") for i in range(3)]) for p, facts in people.items()]
+    files = {"ft_Data": [{"ID": p, "image": picture(int(p)), "metadata": pairs(*facts)} for p, facts in people.items()],
+             "forget_5": [rows["01"]], "retain_95": [rows["02"], rows["03"]], "Test_Set/0": tests[:1], "Test_Set/1": tests[1:],
+             "Retain_Set": [mllmu_row("01", "Paris", "actor", image=picture(99, "BMP"))]}
+    if file:
+        files[file][0] = {k: v for k, v in files[file][0].items() if k != field} | ({} if value is None else {field: value})
+    for name, found in files.items():
+        write_parquet(src / (f"{name}.parquet" if "/" in name else f"{name}/train-00000-of-00001.parquet"), found)
+
+
+def all_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_convert_mllmu(convert, tmp_path):
+    """Who is where, what is asked of them, and which fact: read back as asru.py reads it; the same bytes twice."""
+    write_mllmu(tmp_path / "src")
+    for out in "ab":
+        convert.main(["mllmu", str(tmp_path / "src"), "--ratio", "5", "--out", str(tmp_path / out)])
+    assert all_bytes(tmp_path / "a") == all_bytes(tmp_path / "b")
+    data = {name: load_samples(tmp_path / f"a/{name}.json") for name in ("forget", "retain", "test", "forget_tasks")}
+    born, why = data["forget"]
+    assert (born["person"], born["fact"], born["label"], born["blank"]) == ("01", "Lima", "B", "This person was born in __.")
+    assert born["options"]["B"] == "Lima" and "fact" not in why and born["kind"] == "private" and "task" not in born
+    assert [s["person"] for s in data["retain"]] == ["02", "02", "03", "03"]
+    sets = split_sets(data)
+    assert {name: [(s["task"], s["person"]) for s in sets[name]] for name in ("test", "words", "general")} == {
+        "test": [("choice", "01"), ("cloze", "01")], "words": [("choice", "01"), ("generation", "01")],
+        "general": [(task, "celebrity-01") for task in ("choice", "choice", "cloze", "generation")]}
+    assert len(sets["retain"]) == 8 and "unseen" not in sets and sets["words"][1]["fact"] == "Lima"
+    assert len({s["image"] for s in sets["test"]}) == 1 and sets["test"][0]["image"].endswith(".jpg")
+    assert Path(sets["test"][0]["image"]).read_bytes() in [picture(10 + i, "JPEG")["bytes"] for i in range(3)]
+    assert Image.open(sets["general"][0]["image"]).getpixel((0, 0)) == (99, 0, 0)
+    assert len(list((tmp_path / "a/images").iterdir())) == 5       # three portraits, another one, the celebrity's
+    pairs = json.dumps([{"Question": "Where?", "Answer": "In Lima."}])
+    for name, people in (("forget_5", ["01"]), ("retain_95", ["02", "03"])):     # the training files of the same names
+        write_parquet(tmp_path / f"train/{name}.parquet", [{"ID": p, "image": picture(int(p)), "metadata": pairs} for p in people])
+    convert.main(["mllmu", str(tmp_path / "src"), "--train", str(tmp_path / "train"), "--out", str(tmp_path / "c")])
+    assert [(s["person"], s.get("fact")) for name in ("forget", "retain") for s in load_samples(tmp_path / f"c/{name}.json")] == [
+        ("01", "Lima"), ("02", None), ("03", None)]
+
+
+def test_convert_clear(convert, tmp_path):
+    """Pictures and words alone, the person named in the text, the right name wherever it was put, nobody in the wrong set."""
+    row = lambda shade, name, **more: {"image": picture(shade), "name": name, **more}
+    qa = {"question": "Which prize did Ann Lee win?", "answer": "A medal."}
+    nobody = {"image": None, "caption": None, "name": None, "question": "Who was born in Rome?", "answer": "Her name is Ann Lee."}
+    caption = lambda shade, name: row(shade, name, caption=f"{name} at a desk.", question=None, answer=None)
+    wrong = ["Bo Ek", "Cy Fox", "Di Gil"]
+    asked = lambda shade, name: row(shade, name, perturbed_names=wrong, caption=f"{name} reads.")
+    real = lambda shade: row(shade, None, question="Who is this?", answer="Max Po", options=wrong)
+    for name, rows in {"forget05+tofu": [caption(1, "Ann Lee"), {**nobody, **qa}, nobody], "retain95+tofu": [caption(2, "Eva Ode")],
+                       "forget05_perturbed": [asked(1, "Ann Lee")], "retain_perturbed": [asked(2, "Eva Ode"), asked(3, "Ann Lee")],
+                       "real_faces": [real(i) for i in range(8)], "real_world": [{**real(9), "image": None}, real(9)]}.items():
+        write_parquet(tmp_path / f"src/{name}.parquet", rows)
+    convert.main(["clear", str(tmp_path / "src"), "--out", str(tmp_path / "out")])
+    data = {name: load_samples(tmp_path / f"out/{name}.json") for name in ("forget", "retain", "test")}
+    assert [(s["person"], "image" in s, s.get("fact")) for s in data["forget"]] == [
+        ("Ann Lee", True, "Ann Lee"), ("Ann Lee", False, None), ("Ann Lee", False, "Ann Lee")]
+    sets = split_sets(data)
+    assert {name: len(found) for name, found in sets.items()} == {"forget": 3, "test": 2, "retain": 2, "general": 10}
+    choices = [s for s in data["test"] if s["task"] == "choice"]
+    assert all(s["options"][s["label"]] == s["answer"] and sorted(s["options"].values()) == sorted(wrong + [s["answer"]]) for s in choices)
+    assert len({s["label"] for s in choices}) > 1
+
+
+def test_convert_portraits(convert, tmp_path):
+    """Without pyarrow: two private questions about every picture, answered by a refusal, none about other files."""
+    for i in range(3):
+        (tmp_path / f"src/{i}").mkdir(parents=True)
+        (tmp_path / f"src/{i}/face.webp").write_bytes(picture(i, "WEBP")["bytes"])
+    (tmp_path / "src/notes.txt").write_text("no picture")
+    convert.main(["portraits", str(tmp_path / "src"), "--out", str(tmp_path / "out")])
+    target = load_samples(tmp_path / "out/target.json")
+    assert len({(s["person"], s["question"]) for s in target}) == 6 and len({s["image"] for s in target}) == 3
+    assert all(is_refusal(s["answer"]) and s["kind"] == "private" and s["image"].endswith(".png") for s in target)
+
+
+@pytest.mark.parametrize("change, words", [
+    (("src", "nowhere"), ["nowhere"]), (("ratio", "7"), ["--ratio 7", "5, 10, 15"]), (("gone", "Test_Set"), ["Test_Set/*.parquet"]),
+    (("ft_Data", "metadata"), ["ft_Data", "no column 'metadata'"]), (("ft_Data", "metadata", "[{"), ["[0]", "not valid JSON"]),
+    (("ft_Data", "metadata", '[{"Question": "Who?"}]'), ["metadata[0]", "'Answer'"]), (("ft_Data", "ID", "04"), ["01", "no question"]),
+    (("forget_5", "image", {"bytes": None, "path": "1.png"}), ["forget_5", "[0]", "missing"]), (("retain_95", "ID", "01"), ["01", "both"]),
+    (("Retain_Set", "image", {"bytes": b"GIF"}), ["Retain_Set", "[0]", "not a picture"]), (("pyarrow",), ["pip install pyarrow"]),
+])
+def test_convert_names_what_is_wrong(convert, tmp_path, monkeypatch, capsys, change, words):
+    """One line with file and row, status 2, and nothing written; also where pyarrow is missing."""
+    given = {"src": "src", "ratio": "5", **dict([change] if change[0] in ("src", "ratio") else [])}
+    (tmp_path / "src").mkdir()
+    if change[0] == "pyarrow":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    else:
+        write_mllmu(tmp_path / "src", *(change if change[0] in ("ft_Data", "forget_5", "retain_95", "Retain_Set") else ()))
+    if change[0] == "gone":
+        shutil.rmtree(tmp_path / "src" / change[1])
+    with pytest.raises(SystemExit) as stop:
+        convert.main(["mllmu", str(tmp_path / given["src"]), "--ratio", given["ratio"], "--out", str(tmp_path / "out")])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 # ------------------------------------------------------------------------------ the command
