@@ -1,4 +1,4 @@
-"""What a model says and what that is worth: answers, metrics, judge, table.
+"""What a model says and what that is worth: answers, metrics, judge, attacks, table, report.
 
     python eval.py --model out/model --data data/
 
@@ -36,6 +36,8 @@ a wrong option in the place of the fact.
                         that kept people share count. 0.5 is ideal, 1 knows, below 0.5 the truth is avoided
     probe               per layer, facts that a linear map reads off the end of the blank's prompt (see `probe`); ideal
                         is probe_chance
+
+With --attacks: do the forgotten facts come back? One row per attack, see `attack`; beside the retrained model's.
 
 With --protocol mllmu: MLLMU-Bench's prompts, limits and decisions (`evaluate_mllmu`). On purpose other than there:
 ROUGE has no stemmer, no example precedes a choice (zero-shot), and a test person's picture is that of the sample file,
@@ -1067,9 +1069,9 @@ def run(argv):
     if "test" in said and "words" in said:
         alike = agreement(*(a + b for a, b in zip(said["test"], said["words"])))
         results["test"].update({} if alike is None else {"agreement": alike})
+    retrained = args.retrained or args.data / "retrained"
+    reference = load(retrained) if (args.deep or args.attacks) and (args.retrained or retrained.is_dir()) else None
     if args.deep:
-        retrained = args.retrained or args.data / "retrained"
-        reference = load(retrained) if args.retrained or retrained.is_dir() else None
         for name, found in depth(model, proc, sets, data["retain"], reference).items():
             results[name].update(found)
     judged = {name: pair for name, pair in said.items() if args.judge and pair[0]}
@@ -1078,11 +1080,17 @@ def run(argv):
         ruled = {key: value for key, value in results[name].items() if key not in ASPECTS}
         results[name] = {**ruled, **judge_with(*judges, *pair)}
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    metrics = {"config": config, "measured": results, "seconds": time.perf_counter() - started}
+    metrics = {"config": config, "measured": results}
+    if args.attacks:
+        models = {"model": (model, proc), **({"retrained": reference} if reference else {})}
+        metrics["attacks"] = {name: attack(*pair, data) for name, pair in models.items()}
+    metrics["seconds"] = time.perf_counter() - started
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_aside(args.out, json.dumps(metrics, indent=1).encode())
     print_measured(results)
+    if args.attacks:
+        print("\n" + "\n".join(attack_table(metrics["attacks"])))
     return metrics
 
 
@@ -1115,7 +1123,8 @@ def parse_args(argv):
     add("--out", type=Path, help="JSON file for the metrics; unset: nothing is written")
     add("--judge", help="Qwen3-VL checkpoint that gives the judge's scores; unset: rules do")
     add("--deep", action="store_true", help="truth ratio, forget quality, membership and probe as well")
-    add("--retrained", type=Path, help="model that never saw the forget set, for --deep [DATA/retrained if there]")
+    add("--attacks", action="store_true", help="rewording, distortion, a forced beginning, sampling, rounding, relearning ...")
+    add("--retrained", type=Path, help="model that never saw the forget set, for the two above [DATA/retrained if there]")
     add("--protocol", choices=["mllmu"], help="MLLMU-Bench's prompts and decisions, for samples with a task")
     add("--max-new-tokens", type=int, default=50, help="longest answer, tokens [50]")
     add("--device", help="cpu, cuda, cuda:1 ...; unset: CUDA where there is one")

@@ -506,7 +506,7 @@ def attend(q, k, v, mask=None):
 
 def attend_forked(q, k, v, masks, fork):
     """The prompt attends within itself, each continuation to the prompt and itself: G * C * (P + C) scores, not (P + G * C)**2."""
-    P, (B, G, C) = fork.prompt, fork.spread.shape
+    P, (B, G, _) = fork.prompt, fork.spread.shape
     at = lambda x, places: x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
     lines = lambda x: torch.cat([x[:, None, :P].expand(B, G, *x[0, :P].shape), at(x, fork.spread)], 2).flatten(0, 1)
     prompt = attend(q[:, :P], k[:, :P], v[:, :P], masks[0])                                     # (B, P, H * d)
