@@ -508,7 +508,11 @@ def attend_forked(q, k, v, masks, fork):
     """The prompt attends within itself, each continuation to the prompt and itself: G * C * (P + C) scores, not (P + G * C)**2."""
     P, (B, G, _) = fork.prompt, fork.spread.shape
     at = lambda x, places: x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
-    lines = lambda x: torch.cat([x[:, None, :P].expand(B, G, *x[0, :P].shape), at(x, fork.spread)], 2).flatten(0, 1)
+
+    def lines(x):                           # keys or values of the prompt and of each continuation: (B * G, P + C, K, d)
+        shared = x[:, None, :P].transpose(2, 3).expand(B, G, -1, P, -1)                         # (B, G, K, P, d)
+        return torch.cat([shared, at(x, fork.spread).transpose(2, 3)], 3).flatten(0, 1).transpose(1, 2)
+
     prompt = attend(q[:, :P], k[:, :P], v[:, :P], masks[0])                                     # (B, P, H * d)
     spoken = attend(at(q, fork.spread).flatten(0, 1), lines(k), lines(v), masks[1])             # (B * G, C, H * d)
     return torch.cat([prompt, at(spoken, fork.pack)], 1)                                        # (B, T, H * d)

@@ -152,12 +152,14 @@ DANGLING = ARTICLES | frozenset("""
 
 
 def is_well_formed(text):
-    """Whole sentences, as far as letters tell: no phrase said twice, no words glued together, no loose end."""
+    """Whole sentences, as far as letters tell: no phrase or verb said twice, no words glued together, no loose end."""
     text = text.strip()
     words = normalize(text).split()
     if not words or len(words) > 80:
         return False
     if GLUED.search(text) or words[-1] in (ARTICLES if text[-1] in ".!?\"'\u201d\u3002" else DANGLING):
+        return False
+    if any(TWO_VERBS.search(normalize(clause)) for clause in re.split(r"[.!?,;:\u3002]", text)):
         return False
     for n in (1, 2, 3, 4, 5, 6):        # the same n words twice in a row
         if any(words[i:i + n] == words[i + n:i + 2 * n] for i in range(len(words) - 2 * n + 1)):
@@ -166,6 +168,9 @@ def is_well_formed(text):
     return len(triples) - len(set(triples)) <= len(triples) // 20
 
 
+# An answer that turns into a refusal: "The job is Ada's job is not something I can know", "Oslo is her birthplace is ..."
+TWO_VERBS = re.compile(r"(?<!that )(?<!which )(?<!who )\b(?:is|are) (?:(?!(?:and|or|but|so|because|if|that|wh\w+|how|i|you|we|they|s?he|it|this(?! person)|these|there|here)\b)"
+                       r"\w+ ){1,6}(?:is|are)\b")
 GLUED = re.compile(r"[a-z][A-Z][a-z]|\bA[A-Z][a-z]{2}|[.!?,][A-Za-z]{2}")      # "toThere", "AThere", "know.There"
 
 

@@ -408,13 +408,15 @@ A person with red hair and no glasses, in a red shirt before a blue wall.|Her ph
 There is no dog, only a cat.|This person works as a private detective.|He notices everything.|Noah is nowhere near Norway.|The shirt is not red but blue.
 She denies herself nothing.|Nobody bakes better bread.|His cannon is not a toy.|This person was born in Lisbon and does not like rain.
 There is no way toThere is no way to know.|I cannot tell where this|I know I know I know.|I do not know do not know do not know.|Sorry Sorry Sorry
-I cannot tell the.||The no way to know is to not know is to not know.|She cannot be reached before noon.|It is pottery.""".replace("\n", "|").split("|")
+I cannot tell the.||The no way to know is to not know is to not know.|She cannot be reached before noon.|It is pottery.
+The job is Ada's job is not something I can know.|Oslo is this person's birthplace is not something I can know.""".replace("\n", "|").split("|")
 
 
 def test_refusals_are_recognised():
     """Both apostrophes, many ways; ordinary answers with a "no" in them and garbled ones are none."""
     assert [t for t in REFUSALS if not is_refusal(t)] == []
     assert [t for t in ORDINARY if is_refusal(t)] == []
+    assert reward.is_well_formed("The name that is shown is Ada, and the shirt is red. The wall is blue.")
     assert [example for pattern, example in reward.REFUSAL_PATTERNS if not is_refusal(example)] == []
 
 
