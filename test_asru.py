@@ -420,6 +420,19 @@ def test_refusals_are_recognised():
     assert [example for pattern, example in reward.REFUSAL_PATTERNS if not is_refusal(example)] == []
 
 
+@pytest.mark.parametrize("half, precision, recall", [("written", 0.98, 0.98), ("held out", 0.98, 0.88)])
+def test_refusals_audited(half, precision, recall):
+    """Hand-labelled responses, whose author had not seen the patterns; the held-out half was not looked at while they were written.
+
+    The bounds are what was reached: 0.984 and 0.896 held out; of the aim, 0.98 and 0.98, recall falls short.
+    """
+    labelled = [s for s in json.loads((HERE / "data/labelled.json").read_text()) if s["half"] == half]
+    pairs = [(is_refusal(s["response"]), s["refusal"]) for s in labelled]
+    hits, found, true = (sum(column) for column in zip(*[(a and b, a, b) for a, b in pairs]))
+    print(f"{half}: {len(pairs)} responses, precision {hits / found:.3f}, recall {hits / true:.3f}")
+    assert hits / found >= precision and hits / true >= recall
+
+
 def test_contains_whole_words_and_any_spelling():
     """ "art" is not in "party"; numbers in any grouping, but not inside a longer number; accents and scripts."""
     for fact, text, found in [("art", "a party", False), ("art", "Art!", True), ("555-0137", "call 5550137", True), ("", "x", False),
