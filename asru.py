@@ -35,6 +35,7 @@ Where this differs from the paper or from its released script
 import argparse
 import copy
 import json
+import math
 import random
 import re
 import time
@@ -106,6 +107,7 @@ class Config:
 
     max_new_tokens: int = opt(50, "longest answer, tokens", least=1)
     eval_batch: int = opt(64, "prompts per batch in evaluation", least=1)
+    allow_outside: bool = opt(False, "pictures may lie outside the folder of the JSON file that names them")
     device: str = opt(None, "cpu, cuda, cuda:1 ...; unset: CUDA where there is one")
     skip_steer: bool = opt(False, "leave out stage 1")
     skip_rl: bool = opt(False, "leave out stage 2")
@@ -333,7 +335,11 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
         resting.difference_update(rows[q] for q in live)
 
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
-        stats = update(model, reference if cfg.kl else None, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
+        try:
+            stats = update(model, reference if cfg.kl else None, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
+        except FloatingPointError as error:
+            ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
+            raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
         schedule.step()
         accumulate_mean(mean, exact, cfg.average, step)
 
@@ -447,6 +453,8 @@ def optimizer_step(optimizer, trained, limit):
     they are rounded from. A step of 1e-6 is far below the last digit of a bfloat16 weight and would be lost each time.
     """
     norm = torch.nn.utils.clip_grad_norm_(trained, limit).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}, and no step was made; a lower learning rate is needed")
     pairs = [(e, p) for e, p in zip(optimizer.param_groups[0]["params"], trained) if e is not p]
     for e, p in pairs:
         e.grad, p.grad = p.grad.float(), None
@@ -924,10 +932,10 @@ def load_data(cfg):
     """The four sample files; retain, target and test are found beside forget unless named."""
     if cfg.forget is None:
         raise ValueError("--forget is needed: a JSON file of the samples to forget, such as data/forget.json")
-    data = {"forget": load_samples(cfg.forget)}
+    data = {"forget": load_samples(cfg.forget, cfg.allow_outside)}
     for name in ("retain", "target", "test"):
         path = getattr(cfg, name) or cfg.forget.parent / f"{name}.json"
-        data[name] = load_samples(path)
+        data[name] = load_samples(path, cfg.allow_outside)
     return data
 
 

@@ -48,6 +48,7 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import re
 import statistics
@@ -674,8 +675,8 @@ FIELDS = {"id": str, "person": str, "image": str, "question": str, "answer": str
 NEEDED = {"choice": ("options", "label"), "cloze": ("fact",)}      # by task
 
 
-def load_samples(path):
-    """A JSON list of samples, or JSON lines -> list of dicts, "image" made a path that exists.
+def load_samples(path, allow_outside=False):
+    """A JSON list of samples, or JSON lines -> list of dicts, "image" made a path that exists, inside the file's folder.
 
     Raises ValueError that names file, sample and field, FileNotFoundError where there is no file.
     """
@@ -693,6 +694,8 @@ def load_samples(path):
     for i, s in enumerate(samples):
         check_sample(f"{path}[{i}]", s)
         if s.get("image"):
+            if not allow_outside and (Path(s["image"]).is_absolute() or os.path.normpath(s["image"]).startswith("..")):
+                raise ValueError(f"{path}[{i}]: picture {s['image']} lies outside {path.parent}/; --allow-outside lets it be read")
             s["image"] = str(path.parent / s["image"])
             if not Path(s["image"]).is_file():
                 raise FileNotFoundError(f"{path}[{i}]: no picture {s['image']}; paths are relative to the JSON file")
@@ -1055,7 +1058,7 @@ def run(argv):
     set_up_torch()
     if args.out and args.out.is_dir():
         raise ValueError(f"--out {args.out}: a directory is in the way; a file is needed")
-    data = {name: load_samples(args.data / f"{name}.json") for name in ("forget", "retain", "target", "test")}
+    data = {name: load_samples(args.data / f"{name}.json", args.allow_outside) for name in ("forget", "retain", "target", "test")}
     sets = split_sets(data)
     if args.protocol and not any(s.get("task") for samples in sets.values() for s in samples):
         raise ValueError(f"{args.data}: no sample has the 'task' that --protocol {args.protocol} asks by")
@@ -1127,6 +1130,7 @@ def parse_args(argv):
     add("--retrained", type=Path, help="model that never saw the forget set, for the two above [DATA/retrained if there]")
     add("--protocol", choices=["mllmu"], help="MLLMU-Bench's prompts and decisions, for samples with a task")
     add("--max-new-tokens", type=int, default=50, help="longest answer, tokens [50]")
+    add("--allow-outside", action="store_true", help="pictures may lie outside DATA")
     add("--device", help="cpu, cuda, cuda:1 ...; unset: CUDA where there is one")
     return parser.parse_args(argv)
 
@@ -1151,7 +1155,7 @@ def command(name, run, argv):
     """Run a command: wrong input is one line on stderr and exit status 2."""
     try:
         return run(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{name}: {first_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

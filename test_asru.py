@@ -1091,6 +1091,14 @@ def test_small_steps_add_up_in_either_precision(dtype):
     assert torch.equal(alone - 1e-4, alone)
 
 
+def test_a_gradient_that_is_no_number_moves_nothing():
+    weight = torch.ones(3, requires_grad=True)
+    optimizer, weight.grad = torch.optim.AdamW([weight], lr=0.1), torch.tensor([0.0, float("nan"), 1.0])
+    with pytest.raises(FloatingPointError, match="nan"):
+        asru.optimizer_step(optimizer, [weight], 1.0)
+    assert torch.equal(weight, torch.ones(3))
+
+
 # ------------------------------------------------------------------------------ other methods
 
 
@@ -1396,6 +1404,7 @@ def test_a_flag_beats_the_method_and_the_method_the_model():
 @pytest.mark.parametrize("argv, word", [
     ([], "--forget"), (["--forget", "nowhere.json"], "nowhere.json"), (["--forget", "BAD"], "not valid JSON"),
     (["--forget", "NOANSWER"], "'answer'"), (["--forget", "NOPICTURE"], "no picture"), (["--forget", "TEXT"], "not a picture"),
+    (["--forget", "OUTSIDE"], "--allow-outside"),
     (["--forget", "F", "--model", "nowhere"], "nowhere"), (["--forget", "F", "--temperature", "0"], "--temperature"),
     (["--forget", "F", "--layer", "9"], "layer 9"), (["--forget", "F", "--steps", "many"], "--steps"),
     (["--forget", "F", "--frobnicate"], "--frobnicate"), (["--forget", "F", "--out", "FILE"], "FILE"),
@@ -1405,6 +1414,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, argv, word, capsys):
     """One line that names the trouble, status 2, no traceback, nothing written."""
     good = {"question": "Where?", "answer": "Here."}
     for name, value in (("BAD", "[{"), ("NOANSWER", '[{"question": "Where?"}]'), ("FILE", ""), ("gone.png", "text"),
+                        ("OUTSIDE", json.dumps([{**good, "image": "images/../../secret.png"}])),
                         ("NOPICTURE", json.dumps([{**good, "image": "none.png"}])),
                         ("TEXT", json.dumps([{**good, "image": "gone.png"}]))):
         (tmp_path / name).write_text(value)
