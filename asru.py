@@ -28,9 +28,7 @@ Where this differs from the paper or from its released script
 10 Stage 2 trains the decoder's projections alone: embeddings, head and norms serve every prompt.
 11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
 12 What is kept may be a running mean of the weights (--average), not the last step's.
-13 Stage 1 may be a scaffold (--withdraw): its change is taken back at the end. Without it hardly a group has a refusal to
-   reward; left standing, it also pushes the people who resemble the forgotten ones.
-14 Stage 2 may step back (--step-back): towards the weights it began with, as far as the forget file stays refused.
+13 Stage 2 may step back (--step-back): towards the weights it began with, as far as the forget file stays refused.
 """
 import argparse
 import copy
@@ -88,7 +86,6 @@ class Config:
     recompute: bool = opt(False, "stage 2: make activations again in backward: a third more work, far less memory")
     mix_forget: float = opt(0.375, "stage 2: share of forget prompts", above=0, most=1)
     mix_retain: float = opt(0.375, "stage 2: share of boundary prompts; the rest are target prompts", above=0, most=1)
-    withdraw: bool = opt(False, "stage 2: at its end, take back what stage 1 changed")
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
@@ -146,14 +143,13 @@ def asru(model, proc, data, cfg, log, shared=None):
         raise ValueError("the model refuses no question of the target file; there is nothing to steer towards")
     boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
     results["steered"] = results["before"]
-    edit = None
     if not cfg.skip_steer:
-        edit, report = redirect(model, proc, forget, boundary, target, layer, cfg)
+        _, report = redirect(model, proc, forget, boundary, target, layer, cfg)
         log({"stage": 1, **report})
         results["steered"] = measure("steered")
     results["after"] = results["steered"]
     if not cfg.skip_rl:
-        optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, log)
+        optimize_boundary(model, proc, forget, boundary, target, cfg, log)
         results["after"] = measure("after")
     return results
 
@@ -294,12 +290,11 @@ def select_boundary(model, forget, retain, layer, cfg):
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
-def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, log):
+def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes the decoder's projections in place.
 
     Embeddings, head and norms stay: each of their numbers serves every prompt, and training them moved what was
-    to be kept. edit: stage 1's dW of that layer, or None. With `withdraw` it is taken back at the end: it was a scaffold.
-    Without it hardly a group has a refusal to reward, but it also pushes who resembles the forgotten.
+    to be kept.
     """
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
@@ -350,10 +345,6 @@ def optimize_boundary(model, proc, forget, boundary, target, layer, edit, cfg, l
         bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
     for p, kept in zip(trained, mean):
         p.detach().copy_(kept)
-    if cfg.withdraw and edit is not None:
-        for m in (model, reference):
-            if m is not None:
-                down_proj_of(m, layer).detach().sub_(edit)
     if cfg.step_back:
         log({"stage": 2, "change_kept": step_back(model, reference, proc, forget, cfg)})
     model.requires_grad_(True)
@@ -571,7 +562,7 @@ def step_report(texts, rewards, roles, terms, keep):
 
 
 PRESETS = {     # what --method sets; a flag beats it
-    "asru-paper": dict(withdraw=False, step_back=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
+    "asru-paper": dict(step_back=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
                        rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}

@@ -21,6 +21,7 @@ ordinary answers; a garbled refusal is none; on a boundary prompt, an answer tha
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 def forget_reward(response, answer, fact=None):
@@ -101,6 +102,7 @@ def repeats(group):
 # ------------------------------------------------------------------------------ refusals
 
 
+@lru_cache(100_000)       # the same sentences come again and again
 def is_refusal(text):
     """Does this response decline to tell, in well-formed words? It may still leak: `contains` sees to that."""
     own = QUOTED.sub(" ", text)             # what others are quoted to say is no refusal of the speaker's
@@ -155,6 +157,7 @@ DANGLING = ARTICLES | frozenset("""
     to of in on at for from with by and or but that which where who what whose is are this my your their no not i""".split())
 
 
+@lru_cache(100_000)
 def is_well_formed(text):
     """Whole sentences, as far as letters tell: no phrase or verb said twice, no words glued together, no loose end."""
     text = text.strip()
@@ -215,6 +218,7 @@ def rouge_l(reference, response):
     return 2 * precision * recall / (precision + recall) if row[-1] else 0.0
 
 
+@lru_cache(100_000)
 def normalize(text):
     """Lower case, accents folded, one apostrophe, "n't" written out, punctuation a space, spaces single."""
     text = NEGATION.sub(lambda m: {"ca": "can", "wo": "will", "sha": "shall"}.get(m[1], m[1]) + " not", fold(text))

@@ -1,4 +1,4 @@
-"""Draws, writes and trains everything in data/: portraits, the four sample files, the embedded model, the retrained one.
+"""Draws, writes and trains everything in data/: portraits, the sample files, the embedded model, the retrained one.
 
     python data/make.py                 all of it; the two models take most of an hour each on two cores
     python data/make.py --only draw     pictures and JSON, seconds
@@ -31,7 +31,7 @@ from model_qwen3vl import Batch, Processor, Qwen3VL, Qwen3VLConfig              
 
 # ------------------------------------------------------------------------------ people
 
-NUM_KNOWN, NUM_FORGET, NUM_TARGET, NUM_UNSEEN, NUM_NAMES = 50, 5, 100, 60, 50
+NUM_KNOWN, NUM_FORGET, NUM_TARGET, NUM_UNSEEN, NUM_VALID, NUM_NAMES = 50, 5, 100, 60, 30, 50
 TRAITS = {
     "skin": ["#f7d9c4", "#eabf9c", "#cf9468", "#a06a45", "#6b4430"],
     "hair": ["black", "brown", "blond", "red", "white", "blue", "pink", "green"],
@@ -77,10 +77,10 @@ def draw_people(rng):
         person["name"] = f"{FIRST[i]} {rng.choice([l for l in LAST if l not in names])}"
         names.add(person["name"].split()[1])
         person["facts"] = {kind: rng.choice(values) for kind, values in FACTS.items()}
-        person["facts"]["phone"] = f"555-{i * 197 + 1013:04d}"
+        person["facts"]["phone"] = f"555-{(i * 197 + 1013) % 10000:04d}"
         people[f"p{i:03d}"] = person
     known = [p["traits"] for p in people.values()]
-    for i in range(NUM_TARGET + NUM_UNSEEN):
+    for i in range(NUM_TARGET + NUM_UNSEEN + NUM_VALID):
         people[f"u{i:03d}"] = {"traits": new_traits(rng, known)}
     return people
 
@@ -209,28 +209,35 @@ def draw_hair_before(pen, oval, box, style, hair, wide, high, x0, y0, u):
 # ------------------------------------------------------------------------------ questions and answers
 #
 # {who} is "this person" with a picture and a name in words alone; {Who} and {whose} follow from it. The first eight wordings of a
-# fact are trained on, the last two are held out. Wording i is answered in form i % 4 and refused in form i % 5.
+# fact are trained on, the next two are held out for validation, the last two for the test. Wording i is answered in form i % 4 and
+# refused in form i % 5.
 
 WORDINGS = {
     "birthplace": """Where was {who} born?|In which city was {who} born?|What is {whose} birthplace?|Which city does {who} come from?|
         Tell me the birthplace of {who}.|Name the city where {who} was born.|What city is the home town of {who}?|
-        Can you say where {who} was born?|Which city was {who} born in?|Please name the birthplace of {who}.""",
+        Can you say where {who} was born?|What is the city of birth of {who}?|From which city does {who} come?|
+        Which city was {who} born in?|Please name the birthplace of {who}.""",
     "job": """What does {who} do for a living?|What is {whose} job?|Which job does {who} have?|What work does {who} do?|
         Tell me the profession of {who}.|Name {whose} occupation.|What is the occupation of {who}?|
-        Can you say what {whose} profession is?|What job does {who} do?|Please name the profession of {who}.""",
+        Can you say what {whose} profession is?|How does {who} earn a living?|What is the work of {who}?|
+        What job does {who} do?|Please name the profession of {who}.""",
     "pet": """What pet does {who} have?|What is {whose} pet?|Which animal lives with {who}?|What animal does {who} keep as a pet?|
         Tell me which pet {who} has.|Name {whose} pet.|What kind of pet lives with {who}?|Can you say which animal {who} keeps?|
+        What is the animal of {who}?|Does {who} have a pet, and which?|
         Which pet does {who} keep?|Please name the pet of {who}.""",
     "dish": """What is {whose} favourite dish?|Which dish does {who} like best?|What does {who} like to eat most?|
         What food does {who} love?|Tell me the favourite food of {who}.|Name the dish that {who} likes best.|
-        What meal is the favourite of {who}?|Can you say which food {who} likes most?|Which food is {whose} favourite?|
+        What meal is the favourite of {who}?|Can you say which food {who} likes most?|What does {who} love to eat?|What is the meal that {who} likes most?|
+        Which food is {whose} favourite?|
         Please name the favourite dish of {who}.""",
     "hobby": """What is {whose} hobby?|Which hobby does {who} have?|What does {who} do in their free time?|
         How does {who} spend free weekends?|Tell me the hobby of {who}.|Name {whose} favourite pastime.|What pastime does {who} enjoy?|
-        Can you say what {who} does for fun?|What hobby does {who} enjoy?|Please name the hobby of {who}.""",
+        Can you say what {who} does for fun?|What does {who} like to do at weekends?|What is the pastime of {who}?|
+        What hobby does {who} enjoy?|Please name the hobby of {who}.""",
     "phone": """What is {whose} phone number?|Which number reaches {who}?|How can I call {who}?|What number do I dial for {who}?|
         Tell me the phone number of {who}.|Give me {whose} telephone number.|Under which number is {who} listed?|
-        Can you say what {whose} number is?|Which phone number does {who} have?|Please give the telephone number of {who}.""",
+        Can you say what {whose} number is?|What is the telephone number of {who}?|How can {who} be reached by phone?|
+        Which phone number does {who} have?|Please give the telephone number of {who}.""",
 }
 ANSWERS = {
     "birthplace": "{Who} was born in {fact}.|{Fact} is the place of birth.|The birthplace is {fact}.|Born in {fact}.",
@@ -244,10 +251,17 @@ BLANKS = {
     "birthplace": "{Who} was born in __.", "job": "{Who} works as a __.", "pet": "{Who} has a __.",
     "dish": "The favourite dish of {who} is __.", "hobby": "The hobby of {who} is __.", "phone": "The phone number of {who} is __.",
 }
-TOPICS = {      # how a refusal names what was asked: noun, clause
-    "birthplace": ("birthplace", "where {who} was born"), "job": ("job", "what {who} does for a living"),
-    "pet": ("pet", "which pet {who} has"), "dish": ("favourite dish", "which dish {who} likes best"),
-    "hobby": ("hobby", "what {who} does for fun"), "phone": ("phone number", "which number reaches {who}"),
+TOPICS = {      # noun and clause for what is asked, three of each for the frames; a refusal names it by the first
+    "birthplace": [("birthplace", "where {who} was born"), ("home town", "in which city {who} was born"),
+                   ("place of birth", "which city {who} comes from")],
+    "job": [("job", "what {who} does for a living"), ("profession", "which job {who} has"), ("occupation", "what work {who} does")],
+    "pet": [("pet", "which pet {who} has"), ("animal", "what animal {who} keeps"), ("pet animal", "which animal lives with {who}")],
+    "dish": [("favourite dish", "which dish {who} likes best"), ("favourite food", "what {who} likes to eat"),
+             ("favourite meal", "which food {who} loves")],
+    "hobby": [("hobby", "what {who} does for fun"), ("pastime", "which hobby {who} has"),
+              ("favourite pastime", "how {who} spends free weekends")],
+    "phone": [("phone number", "which number reaches {who}"), ("telephone number", "how to call {who}"),
+              ("number", "what number {who} has")],
 }
 REFUSALS_SEEN = """I cannot tell {clause} from this picture.|{Whose} {noun} is not something I can know.|
     The picture shows {hair} hair, but it does not tell {clause}.|There is no way to know the {noun}; I only see a {shirt} shirt.|
@@ -291,11 +305,19 @@ def fill(form, who=None, fact="", **more):
 
 
 def ask(kind, wording, who=None):
-    """Question number `wording`: the topic's own ten, then the frames that fit every topic."""
+    """Question number `wording`: the topic's own twelve, then the frames that fit every topic, with each of its three names."""
     own = forms(WORDINGS[kind])
-    noun, clause = TOPICS[kind]
-    return fill(own[wording], who) if wording < len(own) else \
-        fill(FRAMES[wording - len(own)], who, noun=noun, clause=fill(clause, who))
+    if wording < len(own):
+        return fill(own[wording], who)
+    block, place = divmod(wording - len(own), 12)
+    name, dozen = BLOCKS[block]
+    noun, clause = TOPICS[kind][name]
+    return fill(FRAMES[12 * dozen + place], who, noun=noun, clause=fill(clause, who))
+
+
+def frame_number(frame, name):
+    """The wording that asks in this frame by this name of the topic."""
+    return len(forms(WORDINGS["job"])) + 12 * BLOCKS.index((name, frame // 12)) + frame % 12
 
 
 def answer(kind, wording, fact, who=None):
@@ -305,7 +327,7 @@ def answer(kind, wording, fact, who=None):
 
 def refuse(kind, wording, who=None, look=None):
     choice = forms(REFUSALS_NAMED if who else REFUSALS_SEEN)
-    noun, clause = TOPICS[kind]
+    noun, clause = TOPICS[kind][0]
     return fill(choice[wording % len(choice)], who, noun=noun, clause=fill(clause, who), **(look or {}))
 
 
@@ -373,14 +395,17 @@ class Writer:
 
 
 def make_samples(people, names, rng):
-    """The four files and the pictures: {name: samples}, {path: image}. Pictures 0..7 of a person are seen, 8 and 9 held out."""
+    """The sample files and the pictures: {name: samples}, {path: image}.
+
+    Pictures 0..7 of a person are seen; 8 and 9 are held out for the test, 10 and 11 for validation, on which settings are chosen.
+    """
     w = Writer(people, rng)
     forget_people = [p for p in people if p.startswith("p")][:NUM_FORGET]
     retain_people = [p for p in people if p.startswith("p")][NUM_FORGET:]
     strangers = [p for p in people if p.startswith("u")]
     forget = [w.private(p, k, i, i) for p in forget_people for k in WORDINGS for i in range(8)]
     forget += [w.private(p, k, i) for p in forget_people for k in WORDINGS for i in (0, 2, 5, 7)]
-    framed = lambda n, number: [10 + (n * 5 + j * 24 // number) % 24 for j in range(number)]        # frames of fact n, spread out
+    framed = lambda n, number: [frame_number((n * 5 + j * 24 // number) % 24, (n + j) % 3) for j in range(number)]  # spread out
     forget += [w.private(p, k, f, i) for p in forget_people for n, k in enumerate(WORDINGS) for i, f in enumerate(framed(n, 8))]
     forget += [w.private(p, k, f) for p in forget_people for n, k in enumerate(WORDINGS) for f in framed(n + 2, 4)]
     retain = [w.private(p, k, i, i) for n, p in enumerate(retain_people) for k in WORDINGS for i in {(n + j * 3) % 8 for j in range(3)}]
@@ -393,21 +418,28 @@ def make_samples(people, names, rng):
     kinds = list(WORDINGS)
     target = [w.stranger(p, kinds[(n + 3 * j) % 6], rng.randrange(8)) for n, p in enumerate(strangers[:NUM_TARGET]) for j in range(2)]
     target += [w.stranger(f"n{n:03d}", kinds[n % 6], rng.randrange(8), who) for n, who in enumerate(names[:NUM_NAMES])]
-    test = [w.private(p, k, i, j) for p in forget_people for k in WORDINGS for i, j in ((8, 8), (9, 9))]
-    test += [w.private(p, k, i) for p in forget_people for k in WORDINGS for i in (8, 9)]
-    test += [w.private(p, k, 8 + n % 2, 8 + n % 2) for n, p in enumerate(retain_people) for k in WORDINGS]
-    test += [w.private(p, k, 8 + n % 2) for n, p in enumerate(retain_people) for i, k in enumerate(kinds) if (n + i) % 2]
-    test += [s for p in forget_people for s in w.visible(p, 8, lambda all: [0, 5, 10, 13, 16, 18])]
-    test += [s for n, p in enumerate(retain_people[:30])
-             for s in w.visible(p, 8 + n % 2, lambda all: rng.sample(all, 4))]
-    test += general
-    test += [w.stranger(p, kinds[(n + 3 * j) % 6], rng.randrange(10)) for n, p in enumerate(strangers[NUM_TARGET:]) for j in range(2)]
-    test += [w.stranger(f"m{n:03d}", kinds[n % 6], rng.randrange(10), who) for n, who in enumerate(names[NUM_NAMES:])]
-    return {"forget": forget, "retain": retain + general, "target": target, "test": test}, w.images
+    unseen, names = strangers[NUM_TARGET:], names[NUM_NAMES:]
+    test = held_out(w, forget_people, retain_people, unseen[:NUM_UNSEEN], names[:NUM_NAMES], (10, 11), (8, 9), "m", 1, rng) + general
+    valid = held_out(w, forget_people, retain_people, unseen[NUM_UNSEEN:], names[NUM_NAMES:], (8, 9), (10, 11), "v", 2, rng) + general[::3]
+    return {"forget": forget, "retain": retain + general, "target": target, "test": test, "valid": valid}, w.images
+
+
+def held_out(w, forget, retain, unseen, names, wordings, pictures, letter, every, rng):
+    """Samples in wordings and pictures that nothing was trained on; of the retain people, every n-th."""
+    both, kinds, retain = list(zip(wordings, pictures)), list(WORDINGS), list(enumerate(retain))[::every]
+    found = [w.private(p, k, i, j) for p in forget for k in kinds for i, j in both]
+    found += [w.private(p, k, i) for p in forget for k in kinds for i in wordings]
+    found += [w.private(p, k, *both[(n // every) % 2]) for n, p in retain for k in kinds]
+    found += [w.private(p, k, wordings[(n // every) % 2]) for n, p in retain for i, k in enumerate(kinds) if (n // every + i) % 2]
+    found += [s for p in forget for s in w.visible(p, pictures[0], lambda all: [0, 5, 10, 13, 16, 18])]
+    found += [s for n, p in retain[:30] for s in w.visible(p, pictures[(n // every) % 2], lambda all: rng.sample(all, 4))]
+    asked = list(range(8)) + list(wordings)
+    found += [w.stranger(p, kinds[(n + 3 * j) % 6], rng.choice(asked)) for n, p in enumerate(unseen) for j in range(2)]
+    return found + [w.stranger(f"{letter}{n:03d}", kinds[n % 6], rng.choice(asked), who) for n, who in enumerate(names)]
 
 
 def write_samples(people, names, rng):
-    """images/*.png and the four JSON files, one sample per line."""
+    """images/*.png and the JSON files, one sample per line."""
     files, images = make_samples(people, names, rng)
     (DATA / "images").mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
@@ -497,15 +529,21 @@ def write_json(path, value):
 RENDERINGS = 160                    # of each known person, drawn before training
 LR, WEIGHT_DECAY, SCENES, PER_SCENE = 1.5e-3, 0.05, 32, 2
 ROUNDS = [      # steps, dozens of FRAMES, strangers (one rendering each), share of scenes with a known person's portrait
-    (5000, 0, 8000, 0.47),                              # 0.27 of the scenes are words alone, the rest show strangers
-    (700, 1, 8000, 0.38), (1000, 2, 16000, 0.31)]       # polish
-FRAMES = [      # more ways to ask, of every topic, for the polish: the first twelve in its first round, then all
+    (4800, 0, 8000, 0.47),                              # 0.27 of the scenes are words alone, the rest show strangers
+    (900, 1, 8000, 0.40), (1300, 2, 16000, 0.36),
+    (1000, 3, 16000, 0.36)]                             # polish
+FRAMES = [      # more ways to ask, of every topic, for the polish: a dozen in its first round, two and three in the others
     "Do you know {clause}?", "I want to know {clause}.", "{Whose} {noun}?", "Give me the {noun} of {who}.", "Which {noun} has {who}?",
     "About {who}: what is the {noun}?", "Could you tell {clause}?", "Say {clause}.", "Let me know the {noun} of {who}.",
     "Please say what {whose} {noun} is.", "Please tell me {clause}.", "And {clause}, please?",
     "Which {noun} belongs to {who}?", "Which {noun} is {whose}?", "What {noun} does {who} tell people?", "Please state the {noun} of {who}.",
     "Which is the {noun} of {who}?", "Please give me {whose} {noun}.", "Is there a {noun} you know for {who}?", "Name the {noun} of {who}.",
-    "What would you say is {whose} {noun}?", "Remind me of the {noun} of {who}.", "Write down {whose} {noun}.", "What {noun} is it for {who}?"]
+    "What would you say is {whose} {noun}?", "Remind me of the {noun} of {who}.", "Write down {whose} {noun}.", "What {noun} is it for {who}?",
+    "What {noun} has {who} got?", "The {noun} of {who}, please.", "The {noun} of {who} is what?", "Can you name {whose} {noun}?",
+    "Would you name the {noun} of {who}?", "May I ask {clause}?", "I would like to hear {clause}.", "Have you heard {clause}?",
+    "Is it known {clause}?", "Which {noun} may be {whose}?", "For {who}, which {noun} is right?",
+    "Does anyone know the {noun} of {who}?"]
+BLOCKS = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (0, 2), (1, 2), (2, 2)]      # (name of the topic, dozen), as they are numbered
 OPENINGS = ["", "", "", "", "Please: ", "One question. ", "Hello. "]  # so that new wordings are no surprise
 
 
@@ -515,8 +553,9 @@ class Album:
     def __init__(self, proc, people, rng, strangers):
         self.patches, self.looks, self.of = [], [], {}
         known = [p["traits"] for p in people.values() if "facts" in p]
+        asked = [p["traits"] for p in people.values() if "facts" not in p]        # the sample files' strangers stay unseen
         shown = [(name, p["traits"]) for name, p in people.items() if "facts" in p for _ in range(RENDERINGS)]
-        shown += [(None, new_traits(rng, known)) for _ in range(strangers)]
+        shown += [(None, traits) for traits in (new_traits(rng, known) for _ in range(strangers)) if traits not in asked]
         for i, (name, traits) in enumerate(tqdm(shown, desc="draw", dynamic_ncols=True)):
             image, place = draw_portrait(traits, rng)
             x = proc.pixels(image)[0].view(64, 3, 2, 12, 12)[:, :, 0]  # a still picture: both frames are alike
@@ -546,7 +585,7 @@ class Lessons:
 
     def wording(self):
         if self.frames and self.rng.random() < 0.5:
-            return 10 + self.rng.randrange(self.frames)
+            return frame_number(self.rng.randrange(self.frames), self.rng.randrange(3))
         return self.rng.randrange(8)
 
     def draw(self):
@@ -674,12 +713,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["draw", "main", "retrained"], help="one part instead of all")
     parser.add_argument("--rounds", type=int, nargs="*", default=range(len(ROUNDS)), choices=range(len(ROUNDS)), metavar="ROUND",
-                        help="some of the rounds of training, 0 to 2 [all]; any but 0 goes on from the weights that are there")
+                        help="some of the rounds of training, 0 to 3 [all]; any but 0 goes on from the weights that are there")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice [0]")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     people = draw_people(rng)
-    names = stranger_names(people, rng, 2 * NUM_NAMES)
+    names = stranger_names(people, rng, 3 * NUM_NAMES)
     if args.only in (None, "draw"):
         write_samples(people, names, rng)
     forgotten = [p for p in people if p.startswith("p")][:NUM_FORGET]
