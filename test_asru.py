@@ -681,7 +681,8 @@ def test_truth_ratio_and_membership_of_made_up_likelihoods(tiny, monkeypatch):
     """Two tokens each; p(right) 0.5, p(wrong) 0.1, 0.2, 0.4 by the wrong option's place; beside a model that has all alike."""
     model, proc, data, _ = tiny()
     samples = [s for s in data["forget"] if s["question"] == "Which dish does this person like best?"]
-    assert eval.wrong_answers(samples[0]) == ["Sushi comes first.", "Dumplings comes first.", "Stew comes first."]
+    assert eval.wrong_answers({**samples[0], "options": dict(A="sushi", B=samples[0]["fact"], C="stew"), "label": "B"}) == [
+        "Sushi comes first.", "Stew comes first."]
 
     def made_up(model, proc, prompts, rows, answers):
         p = torch.tensor([0.5, 0.1, 0.2, 0.4] if model else [0.5] * 4).expand(len(rows), 4)
@@ -760,7 +761,7 @@ def test_rounded_by_hand():
 
 def test_opened_prompts_are_the_chat_and_the_beginning(tiny):
     """As the whole chat is tokenised, cut before the fact; answers that begin with it are left out; nothing is told yet."""
-    model, proc, data, asked = held_out(tiny, 6)
+    model, proc, data, asked = held_out(tiny, 12)
     begun, expected = opened(proc, asked), []
     for s in asked.samples:
         words = s["answer"].partition(s["fact"])[0].rstrip()
@@ -1130,7 +1131,7 @@ def test_saliency_mask_by_hand(tiny):
     close = [(a.abs() - b.abs()).abs() < 1e-6 for a, b in zip(*grads)]
     for mask, a, b, near in zip(masks(f, r), *grads, close):
         assert ((mask == (a.abs() > b.abs())) | near).all()
-    assert 0.1 < torch.cat([m.flatten() for m in masks(f, r)]).float().mean() < 0.9
+    assert 0.01 < torch.cat([m.flatten() for m in masks(f, r)]).float().mean() < 0.99
     assert not any((a & b).any() for a, b in zip(masks(f, r), masks(r, f))) and not any(m.any() for m in masks(f.take([0]), f.take([0])))
 
 
