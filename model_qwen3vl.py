@@ -496,9 +496,9 @@ def attend(q, k, v, mask=None):
     k, v = k.transpose(1, 2), v.transpose(1, 2)                             # (B, K, S, d)
     # The H / K query heads of a key head are more queries of that head: no copy of keys, any kernel will do.
     q = q.transpose(1, 2).reshape(B, k.shape[1], -1, d)                     # (B, K, H / K * T, d)
-    if q.is_cuda:
+    if q.is_cuda or k[0, 0].numel() > 2**14:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    else:               # on a CPU its kernels are slower than these four operations, or are a dozen small ones
+    else:               # few keys on a CPU: its kernels are slower than these four operations, or are a dozen small ones
         scores = (q * d**-0.5) @ k.transpose(2, 3)                          # (B, K, H / K * T, S)
         out = (scores if mask is None else scores.add_(mask)).softmax(-1) @ v
     return out.view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
