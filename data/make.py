@@ -1,6 +1,6 @@
 """Draws, writes and trains everything in data/: portraits, the sample files, the embedded model, the retrained one.
 
-    python data/make.py                 all of it; the two models take most of an hour each on two cores
+    python data/make.py                 all of it; the two models take some 80 minutes side by side, a core each
     python data/make.py --only draw     pictures and JSON, seconds
     python data/make.py --only main     the embedded model;  --only retrained: the same without the forget people
 
