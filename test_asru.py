@@ -424,7 +424,8 @@ def test_refusals_are_recognised():
 def test_refusals_audited(half, precision, recall):
     """Hand-labelled responses, whose author had not seen the patterns; the held-out half was not looked at while they were written.
 
-    The bounds are what was reached: 0.984 and 0.896 held out; of the aim, 0.98 and 0.98, recall falls short.
+    The bounds are what was reached, 0.984 and 0.896 held out, after a first try whose 0.982 and 0.836 alone were seen; of the aim,
+    0.98 and 0.98, recall falls short.
     """
     labelled = [s for s in json.loads((HERE / "data/labelled.json").read_text()) if s["half"] == half]
     pairs = [(is_refusal(s["response"]), s["refusal"]) for s in labelled]
