@@ -397,7 +397,8 @@ class Writer:
 def make_samples(people, names, rng):
     """The sample files and the pictures: {name: samples}, {path: image}.
 
-    Pictures 0..7 of a person are seen; 8 and 9 are held out for the test, 10 and 11 for validation, on which settings are chosen.
+    Pictures 0..7 of a person are seen. Every question of the test about a known person's facts shows a picture of its own, 8 to 19,
+    so that one odd drawing costs one question; those of validation, on which settings are chosen, show 20 to 31.
     """
     w = Writer(people, rng)
     forget_people = [p for p in people if p.startswith("p")][:NUM_FORGET]
@@ -419,23 +420,24 @@ def make_samples(people, names, rng):
     target = [w.stranger(p, kinds[(n + 3 * j) % 6], rng.randrange(8)) for n, p in enumerate(strangers[:NUM_TARGET]) for j in range(2)]
     target += [w.stranger(f"n{n:03d}", kinds[n % 6], rng.randrange(8), who) for n, who in enumerate(names[:NUM_NAMES])]
     unseen, names = strangers[NUM_TARGET:], names[NUM_NAMES:]
-    test = held_out(w, forget_people, retain_people, unseen[:NUM_UNSEEN], names[:NUM_NAMES], (10, 11), (8, 9), "m", 1, rng) + general
-    valid = held_out(w, forget_people, retain_people, unseen[NUM_UNSEEN:], names[NUM_NAMES:], (8, 9), (10, 11), "v", 2, rng) + general[::3]
+    test = held_out(w, forget_people, retain_people, unseen[:NUM_UNSEEN], names[:NUM_NAMES], (10, 11), 8, "m", 1, rng) + general
+    valid = held_out(w, forget_people, retain_people, unseen[NUM_UNSEEN:], names[NUM_NAMES:], (8, 9), 20, "v", 2, rng) + general[::3]
     return {"forget": forget, "retain": retain + general, "target": target, "test": test, "valid": valid}, w.images
 
 
-def held_out(w, forget, retain, unseen, names, wordings, pictures, letter, every, rng):
-    """Samples in wordings and pictures that nothing was trained on; of the retain people, every n-th."""
-    both, kinds, retain = list(zip(wordings, pictures)), list(WORDINGS), list(enumerate(retain))[::every]
-    found = [w.private(p, k, i, j) for p in forget for k in kinds for i, j in both]
-    found += [w.private(p, k, i) for p in forget for k in kinds for i in wordings]
-    found += [w.private(p, k, *both[(n // every) % 2]) for n, p in retain for k in kinds]
+def held_out(w, forget, retain, unseen, names, wordings, first, letter, every, rng):
+    """Samples in wordings and pictures (from number `first` on) that nothing was trained on; of the retain people, every n-th."""
+    kinds, retain = list(WORDINGS), list(enumerate(retain))[::every]
+    asked = [(k, i) for k in kinds for i in wordings]
+    found = [w.private(p, k, i, first + n) for p in forget for n, (k, i) in enumerate(asked)]
+    found += [w.private(p, k, i) for p in forget for k, i in asked]
+    found += [w.private(p, k, wordings[(n // every) % 2], first + i) for n, p in retain for i, k in enumerate(kinds)]
     found += [w.private(p, k, wordings[(n // every) % 2]) for n, p in retain for i, k in enumerate(kinds) if (n // every + i) % 2]
-    found += [s for p in forget for s in w.visible(p, pictures[0], lambda all: [0, 5, 10, 13, 16, 18])]
-    found += [s for n, p in retain[:30] for s in w.visible(p, pictures[(n // every) % 2], lambda all: rng.sample(all, 4))]
-    asked = list(range(8)) + list(wordings)
-    found += [w.stranger(p, kinds[(n + 3 * j) % 6], rng.choice(asked)) for n, p in enumerate(unseen) for j in range(2)]
-    return found + [w.stranger(f"{letter}{n:03d}", kinds[n % 6], rng.choice(asked), who) for n, who in enumerate(names)]
+    found += [s for p in forget for s in w.visible(p, first, lambda all: [0, 5, 10, 13, 16, 18])]
+    found += [s for n, p in retain[:30] for s in w.visible(p, first + n % 6, lambda all: rng.sample(all, 4))]
+    wordings = list(range(8)) + list(wordings)
+    found += [w.stranger(p, kinds[(n + 3 * j) % 6], rng.choice(wordings)) for n, p in enumerate(unseen) for j in range(2)]
+    return found + [w.stranger(f"{letter}{n:03d}", kinds[n % 6], rng.choice(wordings), who) for n, who in enumerate(names)]
 
 
 def write_samples(people, names, rng):
