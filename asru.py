@@ -29,6 +29,7 @@ Where this differs from the paper or from its released script
 11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
 12 What is kept may be a running mean of the weights (--average), not the last step's.
 13 Stage 2 may step back (--step-back): towards the weights it began with, as far as the forget file stays refused.
+14 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end.
 """
 import argparse
 import copy
@@ -46,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (Prompts, answer_logp, answer_means, check_device, chunks, command, content_words, encode, evaluate, judge,
-                  load_samples, pad_groups, prepare, print_answers, print_table, projections, report, respond, set_up_torch,
+                  load_samples, opened, pad_groups, prepare, print_answers, print_table, projections, report, respond, set_up_torch,
                   split_sets)
 from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
 from reward import REFUSAL, Reward, contains, forget_reward, is_refusal, normalize, rouge_l
@@ -86,6 +87,8 @@ class Config:
     recompute: bool = opt(False, "stage 2: make activations again in backward: a third more work, far less memory")
     mix_forget: float = opt(0.375, "stage 2: share of forget prompts", above=0, most=1)
     mix_retain: float = opt(0.375, "stage 2: share of boundary prompts; the rest are target prompts", above=0, most=1)
+    begun: float = opt(0.0, "stage 2: share of forget and boundary prompts whose answer has begun, up to the key fact",
+                       least=0, most=0.9)
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
@@ -122,7 +125,8 @@ class Config:
                     "first with forget recall at most 0.05", among=("utility", "forgetting"))
     compare: bool = opt(False, "run every method over several seeds, print the table, write compare.json alone")
     seeds: int = opt(5, "compare: number of seeds, from --seed on", least=1)
-    sweep: bool = opt(False, "print what stage 1 does at every layer and several lambda; nothing is written")
+    sweep: bool = opt(False, "print what stage 1 does at every layer and several lambda or, with a baseline's --method, "
+                      "what that does at several learning rates; nothing is written")
 
 
 def asru(model, proc, data, cfg, log, shared=None):
@@ -296,6 +300,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     Embeddings, head and norms stay: each of their numbers serves every prompt, and training them moved what was
     to be kept.
     """
+    if cfg.begun:
+        forget, boundary = (prompts + opened(proc, prompts) for prompts in (forget, boundary))
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
     model.requires_grad_(False)
@@ -319,7 +325,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         tokens, keep = sample_groups(model, pool, rows, cfg, generator)
 
         # 2 Reward them.
-        texts = [proc.decode(group) for group in tokens]
+        texts = [[pool.samples[i].get("begun", "") + text for text in proc.decode(group)] for i, group in zip(rows, tokens)]
         rewards, terms = reward(texts, [pool.samples[i] for i in rows], [roles[i] for i in rows], twins)
         rewards = torch.tensor(rewards, device=model.device)                # (Q, G)
 
@@ -339,7 +345,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         accumulate_mean(mean, exact, cfg.average, step)
 
         seconds = time.perf_counter() - started
-        report = {"stage": 2, "step": step, **step_report(texts, rewards, [roles[i] for i in rows], terms, keep),
+        report = {"stage": 2, "step": step, **step_report(texts, rewards, [kind_of(pool.samples[i], roles[i]) for i in rows], terms, keep),
                   "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
         log(report)
         bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
@@ -363,10 +369,11 @@ def step_back(model, reference, proc, forget, cfg):
         for p, origin, change in line:
             p.copy_(origin + share * change)
         said = respond(model, proc, forget, cfg.max_new_tokens, cfg.eval_batch)
-        refused = sum(forget_reward(text, s["answer"], s.get("fact")) == 1 for s, text in zip(forget.samples, said))
+        worth = [forget_reward(s.get("begun", "") + text, s["answer"], s.get("fact")) for s, text in zip(forget.samples, said)]
+        right = sum(r == 1 or r > 0 and "begun" in s for r, s in zip(worth, forget.samples))
         if enough is None:
-            enough = refused - cfg.step_back * len(said)
-        if refused < enough:
+            enough = right - cfg.step_back * len(said)
+        if right < enough:
             break
         kept = share
     for p, origin, change in line:
@@ -512,12 +519,14 @@ def draw_prompts(pool, roles, cfg, rng, resting):
     Prompts that rest are passed over for others of their unit; a unit that rests as a whole is left out with
     probability `rest`, and seen again often enough to be caught when it changes.
     """
-    units = {"forget": {}, "retain": {}, "target": {}}
+    units = {}
     for i, (s, role) in enumerate(zip(pool.samples, roles)):
         key = (s["person"], s["fact"]) if s.get("person") and s.get("fact") else i
-        units[role].setdefault(key, ([], []))[bool(s.get("image"))].append(i)
+        units.setdefault(kind_of(s, role), {}).setdefault(key, ([], []))[bool(s.get("image"))].append(i)
     num_f, num_r = round(cfg.mix_forget * cfg.prompts), round(cfg.mix_retain * cfg.prompts)
-    quota = {"forget": num_f, "retain": num_r, "target": cfg.prompts - num_f - num_r}
+    begun_f, begun_r = round(cfg.begun * num_f), round(cfg.begun * num_r)
+    quota = {"forget": num_f - begun_f, "forget_begun": begun_f, "retain": num_r - begun_r, "retain_begun": begun_r,
+             "target": cfg.prompts - num_f - num_r}
     streams = {role: shuffled_forever(list(found.values()), rng) for role, found in units.items() if found}
     while True:
         rows, twins = [], []
@@ -532,6 +541,10 @@ def draw_prompts(pool, roles, cfg, rng, resting):
                 twins += [len(rows) + 1, len(rows)] if len(pair) == 2 else [None]
                 rows += pair
         yield rows, twins
+
+
+def kind_of(sample, role):
+    return role + "_begun" * ("begun" in sample)
 
 
 def shuffled_forever(items, rng):
@@ -750,24 +763,8 @@ FIGURES = {     # heading: the set, and what of each of its responses this is th
 
 
 def compare(model, proc, data, cfg):
-    """Every row over all seeds, from the same weights; prints the table, writes compare.json, returns what it holds."""
-    shared, sets, runs, done = get_ready(model, proc, data, cfg), split_sets(data), {}, {}
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    before = people_means(sets, shared[2])
-    if (folder := cfg.forget.parent / "retrained").is_dir():
-        ideal = Qwen3VL.from_pretrained(folder, device=cfg.device), Processor.from_pretrained(folder)
-        runs["retrained"] = [(people_means(sets, get_ready(*ideal, data, cfg)[2]), 0.0)]
-    plan = [(*row, cfg.seed + i) for row in ROWS for i in range(cfg.seeds)]
-    for name, changes, seed in tqdm(plan, desc="compare", unit="run", dynamic_ncols=True):
-        row = replace(cfg, **{**PRESETS.get(changes.get("method"), {}), **changes, "seed": seed})
-        if row not in done:                         # a variant may be what the settings are anyway
-            started = time.perf_counter()
-            model.load_state_dict(start)
-            torch.manual_seed(seed)
-            after = unlearn(model, proc, data, row, lambda line: None, shared)["after"]
-            done[row] = people_means(sets, after), time.perf_counter() - started
-        runs.setdefault(name, []).append(done[row])
-    rows = {name: summary(found, before) for name, found in runs.items()}
+    """Every row of ROWS over all seeds; prints the table, writes compare.json, returns what it holds."""
+    rows = run_rows(model, proc, data, cfg, ROWS, cfg.forget.parent / "retrained")
     over = lambda figure, stop: rows["asru"][figure]["mean"] / max(1e-9, np.mean(
         [rows[f"{name}, {stop}"][figure]["mean"] for name in BASELINES]))
     report = {"config": settings_of(cfg), "rows": rows, "ratios": {
@@ -779,6 +776,30 @@ def compare(model, proc, data, cfg):
     print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal "
           "{:.1f}x (paper 5.8x); at equal forgetting {:.1f}x".format(*report["ratios"].values()))
     return report
+
+
+def run_rows(model, proc, data, cfg, rows, ideal=None):
+    """(name, changes of the settings) -> {name: summary over cfg.seeds seeds}, every run from the same weights.
+
+    ideal: folder of a model that never knew the forget set; where there is one it is the first row.
+    """
+    shared, sets, runs, done = get_ready(model, proc, data, cfg), split_sets(data), {}, {}
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    before = people_means(sets, shared[2])
+    if ideal and ideal.is_dir():
+        other = Qwen3VL.from_pretrained(ideal, device=cfg.device), Processor.from_pretrained(ideal)
+        runs["retrained"] = [(people_means(sets, get_ready(*other, data, cfg)[2]), 0.0)]
+    plan = [(*row, cfg.seed + i) for row in rows for i in range(cfg.seeds)]
+    for name, changes, seed in tqdm(plan, desc="compare", unit="run", dynamic_ncols=True):
+        row = replace(cfg, **{**preset(cfg.model, changes.get("method")), **changes, "seed": seed})
+        if row not in done:                         # a variant may be what the settings are anyway
+            started = time.perf_counter()
+            model.load_state_dict(start)
+            torch.manual_seed(seed)
+            after = unlearn(model, proc, data, row, lambda line: None, shared)["after"]
+            done[row] = people_means(sets, after), time.perf_counter() - started
+        runs.setdefault(name, []).append(done[row])
+    return {name: summary(found, before) for name, found in runs.items()}
 
 
 def people_means(sets, results):
@@ -838,6 +859,23 @@ def comparison_table(rows):
             last = f"{row['seconds']['mean']:11.0f}" if title else ""
             lines.append(f"{title:19}" + "".join(f"{'-'.join(cell):>11}" for cell in shown) + last)
     return lines
+
+
+def sweep_rates(model, proc, data, cfg):
+    """A baseline at every learning rate of RATES: prints and returns the comparison's rows for the file of --test.
+
+    The best trade-off has the highest harmonic mean of effectiveness and of the share of retain recall that is left.
+    """
+    rows = run_rows(model, proc, data, cfg, [(f"{cfg.method} {rate:g}", {"method": cfg.method, "baseline_lr": rate})
+                                             for rate in RATES])
+    print("\n".join(comparison_table(rows)))
+    harmonic = lambda row: 2 / sum(1 / max(1e-9, row[figure]["mean"]) for figure in ("effectiveness", "retain"))
+    best = max(rows, key=lambda name: harmonic(rows[name]))
+    print(f"best trade-off: {best}")
+    return {"rows": rows, "best": best}
+
+
+RATES = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4)
 
 
 def sweep(model, proc, data, cfg):
@@ -969,15 +1007,26 @@ def parse_config(argv):
         else:
             parser.add_argument(flag, type=f.type, metavar=f.type.__name__, help=f.metadata["help"] + default)
     given = vars(parser.parse_args(argv))
-    suited = Path(given.get("model", Config.model)) / "asru.json"
-    values = read_json(suited) if suited.exists() else {}
-    for name, value in values.items():
-        kind = {f.name: f.type for f in fields(Config)}.get(name)
-        if kind not in (int, float, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{suited}: {name!r}: {value!r} is no setting of asru.py")
-    cfg = Config(**{**values, **PRESETS.get(given.get("method"), {}), **given})
+    model = given.get("model", Config.model)
+    cfg = Config(**{**suited(model)[0], **preset(model, given.get("method")), **given})
     check_config(cfg)
     return cfg
+
+
+def preset(model, method):
+    """What --method sets beside the model's other settings: what it is by PRESETS, and what asru.json has for it."""
+    return {**PRESETS.get(method, {}), **suited(model)[1].get(method, {})}
+
+
+def suited(model):
+    """The model's asru.json: (settings, {method: settings}). Raises ValueError where one is no setting of asru.py."""
+    path = Path(model) / "asru.json"
+    values = read_json(path) if path.exists() else {}
+    methods, kinds = values.pop("methods", {}), {f.name: f.type for f in fields(Config)}
+    for name, value in [pair for part in (values, *methods.values()) for pair in part.items()]:
+        if kinds.get(name) not in (int, float, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{path}: {name!r}: {value!r} is no setting of asru.py")
+    return values, methods
 
 
 def check_machine(cfg):
@@ -1016,7 +1065,8 @@ def run(argv):
     chosen_layer(model, cfg)
     print("settings: " + "  ".join(f"{k} {v}" for k, v in asdict(cfg).items() if v not in (None, False)))
     if cfg.sweep or cfg.compare:
-        return (sweep if cfg.sweep else compare)(model, proc, data, cfg)
+        task = compare if cfg.compare else sweep_rates if cfg.method in BASELINES else sweep
+        return task(model, proc, data, cfg)
     lines = []
     results = unlearn(model, proc, data, cfg, lines.append)
     seconds = time.perf_counter() - started

@@ -598,14 +598,18 @@ def distorted(samples, how, folder, seed):
 
 
 def opened(proc, prompts):
-    """Prompts that go on with their answer, up to just before the fact; those whose answer does not begin with it."""
-    begun = {}
+    """Prompts that go on with their answer, up to just before the fact; those whose answer does not begin with it.
+
+    What they have said so far is the sample's "begun".
+    """
+    begun, samples = {}, []
     for i, s in enumerate(prompts.samples):
-        place = re.search(re.escape(s["fact"]), s["answer"], re.IGNORECASE)
+        place = s.get("fact") and re.search(re.escape(s["fact"]), s["answer"], re.IGNORECASE)
         if words := s["answer"][:place.start()].rstrip() if place else "":
             more = prompts.tokens[i].new_tensor(proc.tokenizer(words, add_special_tokens=False)["input_ids"])
             begun[i] = torch.cat([prompts.tokens[i], more])
-    return replace(prompts.take(begun), tokens=list(begun.values()))
+            samples.append({**s, "begun": words})
+    return replace(prompts, samples=samples, tokens=list(begun.values()))
 
 
 def rounded(weight, bits, group=None):

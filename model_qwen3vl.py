@@ -313,11 +313,13 @@ class Qwen3VL(nn.Module):
         return logits.log_softmax(-1)
 
     @torch.no_grad()
-    def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None):
+    def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None, chance=None):
         """Continue every row: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
 
         Samples of row b are rows b * num_samples onwards. temperature 0 is greedy; else tokens are drawn from
         `distribution(temperature, top_p)` with the given torch.Generator. Vision tokens are never produced.
+        chance: (B, num_samples, max_new_tokens) float64 in [0, 1), the random numbers instead, one per token: what a row
+        says then does not hang on what else is in its batch.
         """
         if max_new_tokens < 1 or num_samples < 1:
             raise ValueError(f"max_new_tokens {max_new_tokens}, num_samples {num_samples}: at least 1 is needed")
@@ -333,15 +335,18 @@ class Qwen3VL(nn.Module):
         position = positions.amax((0, 2))[:, None] + 1                      # (B, 1)
         segments = torch.arange(1, G + 1, device=device).expand(B, G)       # which sample each column continues
 
+        if temperature > 0 and chance is None:
+            chance = torch.rand(B, G, max_new_tokens, dtype=torch.float64, generator=generator, device=device)
         tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
         rows = torch.arange(B, device=device)                               # prompts still decoded, by their place
         captured, graph = self.captured and device.type == "cuda", None
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
-            token = self._next_token(hidden.flatten(0, 1), temperature, top_p, generator).view(done.shape)
+            place = rows[:, None], segments - 1, n                          # of what is still decoded, in `tokens`
+            token = self._next_token(hidden, temperature, top_p, None if chance is None else chance[place])
             token = token.masked_fill(done, cfg.pad_token_id)
-            tokens[rows[:, None], segments - 1, n] = token
+            tokens[place] = token
             done = done | torch.isin(token, eos)
             if n + 1 == max_new_tokens or done.all():
                 break
@@ -359,16 +364,16 @@ class Qwen3VL(nn.Module):
             hidden = graph(batch) if graph else self(batch, cache=cache)                                # (B, G, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
-    def _next_token(self, hidden, temperature, top_p, generator):
-        """(n, D) -> (n,) token ids."""
+    def _next_token(self, hidden, temperature, top_p, chance):
+        """(B, G, D), chance (B, G) -> (B, G) token ids."""
         if temperature == 0.0:
             logits = self.logits(hidden)
-            logits[:, self.cfg.never_sampled] = -torch.inf
+            logits[..., self.cfg.never_sampled] = -torch.inf
             return logits.argmax(-1)
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
-        mass = self.distribution(hidden, temperature, top_p).exp().cumsum(-1, dtype=torch.float64)      # (n, V)
-        point = torch.rand(len(mass), 1, dtype=torch.float64, generator=generator, device=mass.device) * mass[:, -1:]
-        return torch.searchsorted(mass, point, right=True)[:, 0]        # no token of p 0: there the sum does not rise
+        mass = self.distribution(hidden.flatten(0, 1), temperature, top_p).exp().cumsum(-1, dtype=torch.float64)   # (n, V)
+        point = chance.reshape(-1, 1) * mass[:, -1:]
+        return torch.searchsorted(mass, point, right=True).view(chance.shape)      # no token of p 0: there the sum is flat
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, dtype=None, device=None):
