@@ -63,6 +63,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -218,27 +219,27 @@ def encode(model, proc, samples, pictures=None):
 
 def respond(model, proc, prompts, max_new_tokens=50, batch_size=64, progress=None, **sampling):
     """One response per prompt, greedy unless told otherwise: list of str. Prompts of like length share a batch."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))
-    responses = [None] * len(prompts)
-    for rows in chunks(order, batch_size):
+    def answer(rows):
         tokens = model.generate(prompts.batch(rows, model.device), max_new_tokens, **sampling)
-        for i, text in zip(rows, proc.decode(tokens)):
-            responses[i] = text
         if progress is not None:
-            progress.update(len(rows))
-    return responses
+            progress.update(len(rows) * world()[1])
+        return proc.decode(tokens)
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))
+    said = dict(zip(order, (text for texts in in_turn(answer, chunks(order, batch_size)) for text in texts)))
+    return [said[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
 def choose(model, proc, prompts, batch_size=64):
     """Is the right option the likeliest, by mean log-probability per token as the answer? List of bool."""
-    right = []
-    for rows in chunks(range(len(prompts)), batch_size):
+    def choice(rows):
         samples = [prompts.samples[i] for i in rows]
         logp, keep = answer_logp(model, proc, prompts, rows, [list(s["options"].values()) for s in samples])
         best = answer_means(logp, keep).argmax(-1).tolist()
-        right += [list(s["options"])[i] == s["label"] for s, i in zip(samples, best)]
-    return right
+        return [list(s["options"])[i] == s["label"] for s, i in zip(samples, best)]
+
+    return [right for part in in_turn(choice, chunks(range(len(prompts)), batch_size)) for right in part]
 
 
 def ask_letters(model, proc, samples, pictures=None, batch_size=64):
@@ -987,13 +988,29 @@ dl {display: grid; grid-template-columns: max-content 1fr; gap: .25rem .8rem; li
 """
 
 
-# ------------------------------------------------------------------------------ arithmetic
+# ------------------------------------------------------------------------------ arithmetic, and who does it
 
 
 def chunks(items, size):
     """Consecutive pieces of at most `size`, as lists; none where size is 0."""
     items = list(items)
     return (items[i:i + size] for i in range(0, len(items) if size else 0, size or 1))
+
+
+def world():
+    """(number of this process, how many there are): torchrun starts several, which work on one thing together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def in_turn(work, parts):
+    """[work(part) for part in parts]; of n processes each does every n-th part and is told the others' results."""
+    parts, (rank, n) = list(parts), world()
+    mine = [work(part) for part in parts[rank::n]]
+    if n == 1:
+        return mine
+    told = [None] * n
+    dist.all_gather_object(told, mine)
+    return [told[i % n][i // n] for i in range(len(parts))]
 
 
 def mean(values):
