@@ -208,7 +208,8 @@ def encode(model, proc, samples, pictures=None):
         patches, grids = zip(*(proc.pixels(path) for path in paths))
         grids = torch.tensor(grids)
         features = model.encode_images(torch.cat(patches).to(model.device), grids.to(model.device))
-        pictures.update({path: (grid, feature) for path, grid, feature in zip(paths, grids, features)})
+        # Kept in main memory: on a GPU, a thousand of the 4B model's would be six GB beside its weights.
+        pictures.update({path: (grid, feature.cpu()) for path, grid, feature in zip(paths, grids, features)})
     if not samples:
         return Prompts([], [], pictures)
     chats = [[{"role": "user", "content": [{"type": "image"}] * bool(s.get("image"))

@@ -1094,7 +1094,7 @@ def test_a_gradient_that_is_no_number_moves_nothing():
 
 @pytest.mark.parametrize("train, in_place", [("decoder", False), ("mlp", True)])
 def test_adapters_are_full_training_of_a_low_rank_change(tiny, tmp_path, train, in_place):
-    """Gradients of A and B are B^T dW and dW A^T, dW the full model's at the same weights; merged, they are that model."""
+    """Gradients of A and B are B^T dW and dW A^T, dW the full model's at the same weights; merged, they are it."""
     model, proc, data, prompts = tiny()
     asked, rng = prompts["retain"].take([0, 130, 900]), torch.Generator().manual_seed(0)
     loss = lambda m: -answer_logp(m, proc, asked, range(3))[0].mean()
@@ -1125,16 +1125,17 @@ def test_adapters_are_full_training_of_a_low_rank_change(tiny, tmp_path, train, 
 @pytest.mark.parametrize("settings, moves", [
     (dict(lora_rank=4), r"layers\..*proj"), (dict(train="mlp", state_dtype="bfloat16"), r"layers\..*mlp\."),
     (dict(train="all"), "")])
-def test_training_moves_what_it_is_told_to(tiny, settings, moves):
-    """Stage 2 with running mean and step back: these tensors change and no others; with `all` the vision tower's too."""
+def test_training_moves_what_it_is_told_to(tiny, monkeypatch, settings, moves):
+    """Stage 2 with running mean and step back: these tensors change, no others; with `all` the vision tower's too."""
     model, proc, data, _ = tiny()
     cfg = asru.Config(steps=2, prompts=6, group=4, max_new_tokens=12, minibatch=6, lr=1e-3, step_back=0.5, average=0.5,
-                      **settings)
+                      temperature=4.0, **settings)      # hot: responses differ
     seen = {name: [s for s in data[name] if s.get("image")][::40] for name in ("forget", "retain", "target")}
     prompts = asru.encode_all(model, proc, seen, cfg)
     old, lines = {name: value.clone() for name, value in model.state_dict().items()}, []
+    monkeypatch.setattr(asru, "reward_of", lambda cfg: lambda texts, *_: ([[0.0, 1.0, 0.0, 1.0] for _ in texts], {}))
     asru.optimize_boundary(model, proc, *prompts.values(), cfg, lines.append)
-    assert lines[0]["live_groups"] > 0 and 0 < lines[-1]["change_kept"] <= 1 and list(model.state_dict()) == list(old)
+    assert 0 < lines[-1]["change_kept"] <= 1 and list(model.state_dict()) == list(old)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, old[name])}
     assert moved == {name for name in old if re.search(moves, name)}
 
@@ -1150,7 +1151,7 @@ def test_a_trained_tower_looks_again(tiny):
 
 
 def test_adamw_is_torch_s_and_bfloat16_moments_do_not_stall():
-    """float32: torch's own to 1e-6. bfloat16: the second moment's mean is right to 1 %; rounded to the nearest, it stalls."""
+    """float32: torch's own to 1e-6. bfloat16: the second moment's mean is right to 1 %; to the nearest, it stalls."""
     rng = torch.Generator().manual_seed(0)
     grads = torch.randn(20, 50, generator=rng)
     mine, torch_s = (torch.ones(50, requires_grad=True) for _ in range(2))
@@ -1190,7 +1191,8 @@ def test_memorise_teaches_a_random_model(tmp_path):
     data = {name: [s for s in load_samples(HERE / f"data/{name}.json") if s.get("fact") and not s.get("image")][:60:30]
             for name in ("forget", "retain")}
     asked = encode(model, proc, data["forget"] + data["retain"])
-    recall = lambda m, asked: np.mean([contains(s["fact"], said) for s, said in zip(asked.samples, respond(m, proc, asked, 20))])
+    recall = lambda m, asked: np.mean([contains(s["fact"], said)
+                                       for s, said in zip(asked.samples, respond(m, proc, asked, 20))])
     assert recall(model, asked) == 0
     cfg = asru.Config(out=tmp_path, train="all", memorise_lr=3e-3, memorise_epochs=40)
     asru.memorise(model, proc, data, cfg, lines.append)
@@ -1210,8 +1212,9 @@ def test_steer_file_puts_stage_1_on_and_off(tiny, tmp_path):
     hand = hashlib.sha256(b"".join(f"{name} torch.float32 {list(value.shape)}".encode() + value.numpy().tobytes()
                                    for name, value in sorted(base.state_dict().items())))
     assert about == {"layer": "3", "lambda": "1.4", "base_sha256": hand.hexdigest()}
-    D, F = asru.down_proj_of(base, 3).shape
-    assert {name: tuple(value.shape) for name, value in edit.items()} == {"dW": (D, F), "v_picture": (D,), "v_words": (D,)}
+    D, width = asru.down_proj_of(base, 3).shape
+    shapes = {name: tuple(value.shape) for name, value in edit.items()}
+    assert shapes == {"dW": (D, width), "v_picture": (D,), "v_words": (D,)}
     said = lambda m: m.logits(m(prompts["forget"].batch([0, 700], "cpu"))[:, -1]).detach()
     steered, plain = said(run), said(base)
     asru.down_proj_of(run, 3).data -= edit["dW"]
