@@ -33,6 +33,7 @@ Where this differs from the paper or from its released script
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import random
@@ -43,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -112,6 +114,16 @@ class Config:
     skip_steer: bool = opt(False, "leave out stage 1")
     skip_rl: bool = opt(False, "leave out stage 2")
 
+    train: str = opt("decoder", "what every training moves: decoder: its projections; mlp: gate, up and down alone; "
+                     "all: vision tower, embeddings, head and norms too", among=("decoder", "mlp", "all"))
+    lora_rank: int = opt(0, "rank R of a change B A of each of these matrices, trained in their place and merged at "
+                         "the end; it wants a larger learning rate; 0: none", least=0)
+    state_dtype: str = opt("float32", "AdamW's moments: float32 or, in half the memory, bfloat16",
+                           among=("float32", "bfloat16"))
+    memorise: bool = opt(False, "stage 0, before everything: teach the model forget and retain; writes vanilla/")
+    memorise_lr: float = opt(1e-4, "stage 0: learning rate of AdamW; it falls to 0 in a line", above=0)
+    memorise_epochs: int = opt(5, "stage 0: passes over both files", least=1)
+
     method: str = opt("asru", "asru-paper: without what we added, at the scale (lr, steps, layer, strength ...) of the "
                       "model's asru.json, as the paper's lr does nothing to a small model; steer, rl: one stage; ga, "
                       "ga_diff, kl_min, npo, idk, mmunlearner", among=("asru", "asru-paper", "steer", "rl", *BASELINES))
@@ -148,8 +160,10 @@ def asru(model, proc, data, cfg, log, shared=None):
     boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
     results["steered"] = results["before"]
     if not cfg.skip_steer:
-        _, report = redirect(model, proc, forget, boundary, target, layer, cfg)
+        base = checksum(model)
+        edit, report = redirect(model, proc, forget, boundary, target, layer, cfg)
         log({"stage": 1, **report})
+        save_steer(edit, base, layer, cfg)
         results["steered"] = measure("steered")
     results["after"] = results["steered"]
     if not cfg.skip_rl:
@@ -170,23 +184,25 @@ def asru(model, proc, data, cfg, log, shared=None):
 
 @torch.no_grad()
 def redirect(model, proc, forget, boundary, target, layer, cfg):
-    """Stage 1: change layers[layer].mlp.down_proj in place. Returns dW (D, F) and what moved how far, in units of |v|."""
+    """Stage 1: change layers[layer].mlp.down_proj in place. Returns {"dW" (D, F), "v_picture" and "v_words" (D,), those
+    of the ways that are asked} and what moved how far, in units of |v|."""
     keys_f, resid_f = collect_activations(model, forget, layer, cfg)        # (n_f, F), (n_f, D)
     keys_r, _ = collect_activations(model, boundary, layer, cfg)            # (n_r, F)
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
     keys_a = collect_answer_keys(model, proc, boundary + target, layer, cfg)        # (n_a, F)
     direction = torch.empty_like(resid_f)                                   # (n_f, D) v of its way of asking
-    for way in (True, False):
+    edit = {}
+    for way, name in ((True, "v_picture"), (False, "v_words")):
         f, t = mask_of(forget, way), mask_of(target, way)
         if f.any():
-            direction[f] = steering_vector(resid_t[t] if t.any() else resid_t, resid_f[f])
+            direction[f] = edit[name] = steering_vector(resid_t[t] if t.any() else resid_t, resid_f[f])
     update = solve_redirection(keys_f, cfg.strength * direction, [keys_r, keys_t, keys_a], cfg.ridge)      # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
     length = direction.norm(dim=1)                                          # (n_f,) |v|
     moved_f, moved_r = keys_f @ update.T, keys_r @ update.T                 # (n_f, D), (n_r, D)
-    return update, {
+    return {"dW": update, **edit}, {
         "layer": layer, "strength": cfg.strength, "forget": len(forget), "boundary": len(boundary),
         "target": len(target), "direction_norm": length.mean().item(),
         "forget_moved_along_v": ((moved_f * direction).sum(1) / length**2).mean().item(),
@@ -295,21 +311,20 @@ def select_boundary(model, forget, retain, layer, cfg):
 
 
 def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
-    """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes the decoder's projections in place.
+    """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes what `trainable` chooses in place.
 
-    Embeddings, head and norms stay: each of their numbers serves every prompt, and training them moved what was
-    to be kept.
+    Embeddings, head and norms stay, but for --train all: each of their numbers serves every prompt, and training
+    them moved what was to be kept.
     """
     if cfg.begun:
         forget, boundary = (prompts + opened(proc, prompts) for prompts in (forget, boundary))
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
-    model.requires_grad_(False)
     model.text.recompute = cfg.recompute
-    trained = [p.requires_grad_(True) for p in projections(model)]
+    trained = trainable(model, cfg)
     reference = frozen_copy(model) if cfg.kl or cfg.step_back else None
-    exact = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]   # what the optimizer moves
-    optimizer = torch.optim.AdamW(exact, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    exact = exactly(trained)            # what the optimizer moves
+    optimizer = optimizer_of(exact, cfg.lr, cfg.weight_decay, cfg)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
     reward = reward_of(cfg)
     rng, generator = random.Random(cfg.seed), torch.Generator(model.device).manual_seed(cfg.seed)
@@ -351,6 +366,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
     for p, kept in zip(trained, mean):
         p.detach().copy_(kept)
+    merge(model, in_place=not cfg.step_back)
     if cfg.step_back:
         log({"stage": 2, "change_kept": step_back(model, reference, proc, forget, cfg)})
     model.requires_grad_(True)
@@ -363,7 +379,8 @@ def step_back(model, reference, proc, forget, cfg):
     Where stage 2 ends, more is refused than need be; on the line back, retain prompts return before forget prompts do.
     The forget file alone decides how far, so that nothing is fitted to held-out samples.
     """
-    line = [(p, origin, p - origin) for p, origin in zip(projections(model), projections(reference))]
+    line = [(p, origin, p - origin) for p, origin in zip(model.parameters(), reference.parameters())
+            if p is not origin]         # what is not shared has been trained
     enough = kept = None
     for share in BACK:
         for p, origin, change in line:
@@ -455,7 +472,7 @@ def optimizer_step(optimizer, trained, limit):
         raise FloatingPointError(f"the gradient's norm is {norm}, and no step was made; a lower learning rate is needed")
     pairs = [(e, p) for e, p in zip(optimizer.param_groups[0]["params"], trained) if e is not p]
     for e, p in pairs:
-        e.grad, p.grad = p.grad.float(), None
+        e.grad, p.grad = p.grad if p.grad is None else p.grad.float(), None
     optimizer.step()
     optimizer.zero_grad()
     for e, p in pairs:
@@ -600,10 +617,8 @@ def descend(model, proc, prompts, cfg, log):
     Every CHECK steps greedy answers to a fixed part of both files decide; the weights that were kept last stay.
     """
     forget, retain, rng = prompts["forget"], prompts["retain"], random.Random(cfg.seed)
-    model.requires_grad_(False)
-    trained = [p.requires_grad_(True) for p in projections(model)]
-    exact = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
-    optimizer, reference = torch.optim.Adam(exact, lr=cfg.baseline_lr, fused=True), frozen_copy(model)
+    trained = trainable(model, cfg)
+    optimizer, reference = optimizer_of(exactly(trained), cfg.baseline_lr, 0.0, cfg), frozen_copy(model)
     masks = saliency_masks(model, proc, forget, retain, trained, cfg, rng) if cfg.method == "mmunlearner" else []
     taught = answered_by_refusals(forget, prompts["target"], rng) if cfg.method == "idk" else forget
     pools = [(pool, shuffled_forever(range(len(pool)), rng)) for pool in (taught, retain)]
@@ -616,7 +631,8 @@ def descend(model, proc, prompts, cfg, log):
         loss = baseline_loss(cfg.method, model, reference, proc, *batch, cfg.beta)
         loss.backward()
         for p, mask in zip(trained, masks):
-            p.grad.mul_(mask)
+            if p.grad is not None:
+                p.grad.mul_(mask)
         optimizer_step(optimizer, trained, cfg.grad_norm)
         if step % CHECK and step < steps:
             continue
@@ -630,6 +646,7 @@ def descend(model, proc, prompts, cfg, log):
             break
     for p, value in zip(trained, kept):
         p.detach().copy_(value)
+    merge(model)
     model.requires_grad_(True)
 
 
@@ -674,13 +691,14 @@ def kl_of_answers(model, reference, proc, prompts):
 
 
 def saliency_masks(model, proc, forget, retain, trained, cfg, rng):
-    """Where D_f's saliency is above that of as much of D_r: bool. Saliency: sum over as many batches of |dCE / dw|."""
+    """Where D_f's saliency is above that of as much of D_r: bool. Saliency: sum over as many batches of |dCE / dw|.
+    Of an adapter B alone is free: while it is zero, A has no gradient."""
     found = []
     for prompts in (forget, retain):
         saliency = [torch.zeros_like(p) for p in trained]
         for rows in chunks(rng.sample(range(len(prompts)), min(len(forget), len(retain))), cfg.microbatch):
             logp, _ = answer_logp(model, proc, prompts, rows)
-            for total, grad in zip(saliency, torch.autograd.grad(logp.mean(), trained)):
+            for total, grad in zip(saliency, torch.autograd.grad(logp.mean(), trained, materialize_grads=True)):
                 total += grad.abs()
         found.append(saliency)
     return [f > r for f, r in zip(*found)]
@@ -884,7 +902,7 @@ def sweep(model, proc, data, cfg):
     The best trade-off refuses the most forget prompts of the cells that keep UTILITY of retain and of visible recall.
     dW is linear in lambda, so that it is solved once per layer.
     """
-    prompts = encode_all(model, proc, data)
+    prompts = encode_all(model, proc, data, cfg)
     forget, retain, target = (prompts[name] for name in ("forget", "retain", "target"))
     said = respond(model, proc, target, cfg.max_new_tokens, cfg.eval_batch)
     target = target.take([i for i, text in enumerate(said) if is_refusal(text)])
@@ -903,6 +921,7 @@ def sweep(model, proc, data, cfg):
         weight = down_proj_of(model, layer).detach()
         start = weight.clone()
         edit, _ = redirect(model, proc, forget, boundary, target, layer, replace(cfg, strength=1.0))
+        edit = edit["dW"]
         for strength in STRENGTHS:
             weight.copy_(start + (strength * edit).to(start))
             cells.append(measure(layer, strength))
@@ -916,6 +935,175 @@ def sweep(model, proc, data, cfg):
 STRENGTHS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 
 
+# ------------------------------------------------------------------------------ what is trained, and by what
+
+
+def trainable(model, cfg):
+    """What --train and --lora-rank choose: a list of parameters, which alone get gradients now. `merge` when done."""
+    model.requires_grad_(False)
+    chosen = {"decoder": projections(model), "all": model.parameters(),
+              "mlp": [p for layer in model.text.layers for p in layer.mlp.parameters()]}[cfg.train]
+    for p in chosen:
+        p.requires_grad_(True)
+    rng = torch.Generator().manual_seed(cfg.seed)
+    for part, name, child in places(model) if cfg.lora_rank else ():
+        if isinstance(child, torch.nn.Linear) and child.weight.requires_grad:
+            setattr(part, name, LowRank(child, cfg.lora_rank, rng))
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def merge(model, in_place=True):
+    """W + B A takes the place of W and the adapters leave: names are a checkpoint's again. Without any it does nothing.
+
+    in_place: not while the reference, which shares W, is still needed. bfloat16 rounds here, as full training does.
+    """
+    for part, name, child in places(model):
+        if isinstance(child, LowRank):
+            weight = child.linear.weight
+            changed = (weight + child.B @ child.A).to(weight.dtype)         # (out, in)
+            child.linear.weight = torch.nn.Parameter(weight.copy_(changed) if in_place else changed)
+            setattr(part, name, child.linear)
+
+
+def places(model):
+    """Every module of the decoder, as (the one that holds it, its name there, itself)."""
+    return [(part, name, child) for part in model.text.modules() for name, child in part.named_children()]
+
+
+class LowRank(torch.nn.Module):
+    """y = x W^T + (x A^T) B^T: a frozen linear layer and a trained change B A of rank R. alpha = R: its scale is 1.
+
+    A and B are float32 whatever W is: small steps add up in them, and the optimizer needs no copy. B starts at zero;
+    a copy is the frozen layer alone, so that `frozen_copy` is the model with its adapters off. --average averages A
+    and B each: the product of two means is of rank R too.
+    """
+
+    def __init__(self, linear, rank, rng):
+        super().__init__()
+        (out, width), device = linear.weight.shape, linear.weight.device
+        self.linear = linear.requires_grad_(False)
+        start = (2 * torch.rand(rank, width, generator=rng) - 1) / width**0.5
+        self.A = torch.nn.Parameter(start.to(device))                       # (R, in)
+        self.B = torch.nn.Parameter(torch.zeros(out, rank, device=device))  # (out, R)
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.A.T.to(x.dtype) @ self.B.T.to(x.dtype)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.linear, memo)
+
+
+def exactly(trained):
+    """The same numbers in float32: the parameters themselves where they are, else copies that they are rounded from."""
+    return [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
+
+
+def optimizer_of(params, lr, weight_decay, cfg):
+    """AdamW with moments of --state-dtype; without weight decay it is Adam."""
+    if cfg.state_dtype == "float32":
+        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
+    return AdamW(params, lr=lr, weight_decay=weight_decay, seed=cfg.seed)
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch's AdamW, its moments kept in `dtype` and rounded at random: m = b1 m + (1 - b1) g, s = b2 s + (1 - b2) g^2.
+
+    To the nearest, 0.999 s + 0.001 g^2 would be s again while g^2 < 3 s: bfloat16 has three digits, and s would stall.
+    The random numbers are those of (seed, step, parameter), so that a checkpoint of `state_dict` is all there is.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, dtype=torch.bfloat16, seed=0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.dtype, self.seed = dtype, seed
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] = state.get("step", torch.tensor(0.0)) + 1
+                t, none = int(state["step"]), torch.zeros_like(p)
+                m, s = (state.get(name, none).float() for name in ("exp_avg", "exp_avg_sq"))
+                m, s = m.lerp(p.grad, 1 - b1), b2 * s + (1 - b2) * p.grad.square()
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(m, (s / (1 - b2**t)).sqrt_().add_(group["eps"]), value=-lr / (1 - b1**t))
+                rng = torch.Generator(p.device).manual_seed(hash((self.seed, t, i)))
+                state["exp_avg"], state["exp_avg_sq"] = (rounded_at_random(x, self.dtype, rng) for x in (m, s))
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)             # which makes every moment float32, as the parameters are
+        for state in self.state.values():
+            state.update({name: state[name].to(self.dtype) for name in ("exp_avg", "exp_avg_sq")})
+
+
+def rounded_at_random(x, dtype, rng):
+    """float32 -> bfloat16 (or as it is), up or down so that the mean is exact: random low bits added, then cut."""
+    if dtype == torch.float32:
+        return x
+    bits = x.view(torch.int32) + torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=rng)
+    return (bits & -2**16).view(torch.float32).to(dtype)
+
+
+# ------------------------------------------------------------------------------ stage 0, and stage 1 as a file
+
+
+def memorise(model, proc, data, cfg, log):
+    """Stage 0: AdamW on the mean loss per token of forget and retain answers, end tokens included; writes vanilla/.
+
+    The paper: LoRA of rank 16 on the decoder. Its learning rate is not told; its dropout of 0.05 is left out.
+    """
+    prompts = encode_all(model, proc, {name: data[name] for name in ("forget", "retain")}, cfg)
+    pool, rng = prompts["forget"] + prompts["retain"], random.Random(cfg.seed)
+    model.text.recompute = cfg.recompute
+    trained = trainable(model, cfg)
+    passes = (rng.sample(range(len(pool)), len(pool)) for _ in range(cfg.memorise_epochs))
+    plan = [rows for order in passes for rows in chunks(order, MEMORISED)]
+    optimizer = optimizer_of(exactly(trained), cfg.memorise_lr, cfg.weight_decay, cfg)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(plan))
+    bar = tqdm(plan, desc="stage 0", unit="step", dynamic_ncols=True)
+    for step, rows in enumerate(bar, 1):
+        logp, _ = answer_logp(model, proc, pool, rows)                      # (kept,)
+        loss = -logp.mean()
+        loss.backward()
+        norm = optimizer_step(optimizer, trained, cfg.grad_norm)
+        schedule.step()
+        log({"stage": 0, "step": step, "loss": loss.item(), "grad_norm": norm})
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    merge(model)
+    model.requires_grad_(True)
+    model.save_pretrained(cfg.out / "vanilla")
+    proc.save_pretrained(cfg.out / "vanilla")
+
+
+MEMORISED = 4       # answers per step
+
+
+def checksum(model):
+    """sha256 of all weights by sorted name, of each its name, dtype, shape and bytes: hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        for part in value.flatten().split(2**26):
+            digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def save_steer(edit, base, layer, cfg):
+    """steer.safetensors: what `redirect` changed, float32. The steered model less dW is the base, the base + dW it.
+
+    Written at once, as a resumed run no longer has it; not by --compare, which runs stage 1 many times.
+    """
+    if not cfg.compare:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        about = {"layer": str(layer), "lambda": str(cfg.strength), "base_sha256": base}
+        tensors = {name: value.float().contiguous().cpu() for name, value in edit.items()}
+        write_aside(cfg.out / "steer.safetensors", save(tensors, metadata=about))
+
+
 # ------------------------------------------------------------------------------ around the method
 
 
@@ -924,15 +1112,19 @@ def mask_of(prompts, pictured):
     return torch.tensor([bool(s.get("image")) == pictured for s in prompts.samples])
 
 
-def encode_all(model, proc, data):
-    """{name: samples} -> {name: Prompts} that share one table of pictures."""
+def encode_all(model, proc, data, cfg=Config()):
+    """{name: samples} -> {name: Prompts} that share one table of pictures; of pixels, if the tower is trained."""
     pictures = {}
+    paths = {s["image"] for samples in data.values() for s in samples if s.get("image")}
+    for path in paths if cfg.train == "all" else ():
+        pixels, grid = proc.pixels(path)
+        pictures[path] = torch.tensor(grid), pixels.to(model.lm_head.weight.dtype)      # as the tower would round them
     return {name: encode(model, proc, samples, pictures) for name, samples in data.items()}
 
 
 def get_ready(model, proc, data, cfg):
     """What all runs of a model on the same data share: prompts, measure(stage), and what it finds before."""
-    prompts = encode_all(model, proc, data)
+    prompts = encode_all(model, proc, data, cfg)
     pictures = prompts["forget"].pictures
     exams = {name: prepare(model, proc, samples, pictures) for name, samples in split_sets(data).items()}
     measure = lambda stage: evaluate_sets(model, proc, exams, cfg, stage)
@@ -1050,6 +1242,8 @@ def check_config(cfg):
             raise ValueError(f"--{f.name.replace('_', '-')} is {value}; it must be {' and '.join(limits)}")
     if cfg.mix_forget + cfg.mix_retain > 1:
         raise ValueError(f"--mix-forget {cfg.mix_forget} and --mix-retain {cfg.mix_retain} add up to more than 1")
+    if cfg.lora_rank and cfg.train == "all":
+        raise ValueError(f"--lora-rank {cfg.lora_rank} goes with --train decoder or mlp, not with all")
 
 
 def run(argv):
@@ -1064,10 +1258,12 @@ def run(argv):
     model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device)
     chosen_layer(model, cfg)
     print("settings: " + "  ".join(f"{k} {v}" for k, v in asdict(cfg).items() if v not in (None, False)))
+    lines = []
+    if cfg.memorise:
+        memorise(model, proc, data, cfg, lines.append)
     if cfg.sweep or cfg.compare:
         task = compare if cfg.compare else sweep_rates if cfg.method in BASELINES else sweep
         return task(model, proc, data, cfg)
-    lines = []
     results = unlearn(model, proc, data, cfg, lines.append)
     seconds = time.perf_counter() - started
     metrics = write_results(model, proc, data, results, lines, cfg, seconds)

@@ -172,6 +172,7 @@ class Prompts:
     samples: list
     tokens: list        # per sample (T,) token ids of the chat up to where the answer begins
     pictures: dict  # path -> (grid (3,), features (1 + DeepStack, M, D)); shared by all Prompts of a run
+    # ... or path -> (grid, pixels (N, 3 * temporal * p * p)): a vision tower that is trained must look again
 
     def __len__(self):
         return len(self.samples)
@@ -190,7 +191,9 @@ class Prompts:
         mask = torch.stack([(torch.arange(T) >= T - len(row)).long() for row in rows])          # (B, T)
         pictures = [self.pictures[self.samples[i]["image"]] for i in indices if self.samples[i].get("image")]
         grids = torch.stack([grid for grid, _ in pictures]) if pictures else None        # (pictures, 3)
-        return Batch(ids, mask, image_grid_thw=grids, image_features=[f for _, f in pictures]).to(device)
+        seen = [value for _, value in pictures]
+        pixels = torch.cat(seen) if seen and seen[0].dim() == 2 else None
+        return Batch(ids, mask, pixels, grids, seen if pixels is None else None).to(device)
 
 
 @torch.no_grad()
@@ -206,7 +209,8 @@ def encode(model, proc, samples, pictures=None):
         patches, grids = zip(*(proc.pixels(path) for path in paths))
         grids = torch.tensor(grids)
         features = model.encode_images(torch.cat(patches).to(model.device), grids.to(model.device))
-        pictures.update({path: (grid, feature) for path, grid, feature in zip(paths, grids, features)})
+        # Kept in main memory: on a GPU, a thousand of the 4B model's would be six GB beside its weights.
+        pictures.update({path: (grid, feature.cpu()) for path, grid, feature in zip(paths, grids, features)})
     if not samples:
         return Prompts([], [], pictures)
     chats = [[{"role": "user", "content": [{"type": "image"}] * bool(s.get("image"))

@@ -3,6 +3,7 @@
 The network is compared with transformers' own, the arithmetic with closed forms and hand-made examples, the command with its promises.
 """
 import base64
+import hashlib
 import importlib
 import io
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import asru
 import eval
@@ -863,7 +865,7 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     edit, report = asru.redirect(model, proc, f, r, t, layer, cfg)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, old[name])]
     assert changed == [f"model.language_model.layers.{layer}.mlp.down_proj.weight"]
-    assert torch.allclose(asru.down_proj_of(model, layer).double(), old[changed[0]].double() + edit, atol=1e-6)
+    assert torch.allclose(asru.down_proj_of(model, layer).double(), old[changed[0]].double() + edit["dW"], atol=1e-6)
     _, after = asru.collect_activations(model, f, layer, cfg)
     v = before_t.mean(0) - before.mean(0)
     along = ((after - before) @ v / (v @ v)).mean().item()
@@ -1085,6 +1087,140 @@ def test_a_gradient_that_is_no_number_moves_nothing():
     with pytest.raises(FloatingPointError, match="nan"):
         asru.optimizer_step(optimizer, [weight], 1.0)
     assert torch.equal(weight, torch.ones(3))
+
+
+# ------------------------------------------------------------------------------ what is trained, and by what
+
+
+@pytest.mark.parametrize("train, in_place", [("decoder", False), ("mlp", True)])
+def test_adapters_are_full_training_of_a_low_rank_change(tiny, tmp_path, train, in_place):
+    """Gradients of A and B are B^T dW and dW A^T, dW the full model's at the same weights; merged, they are it."""
+    model, proc, data, prompts = tiny()
+    asked, rng = prompts["retain"].take([0, 130, 900]), torch.Generator().manual_seed(0)
+    loss = lambda m: -answer_logp(m, proc, asked, range(3))[0].mean()
+    start, names = loss(model).item(), list(model.state_dict())
+    trained = asru.trainable(model, asru.Config(lora_rank=4, train=train))
+    reference = asru.frozen_copy(model)
+    found = [child for _, _, child in asru.places(model) if isinstance(child, asru.LowRank)]
+    assert len(found) == (7 if train == "decoder" else 3) * len(model.text.layers) and len(trained) == 2 * len(found)
+    assert loss(model).item() == start and list(reference.state_dict()) == names            # B is zero
+    for p in trained:
+        p.data.normal_(0, 0.2, generator=rng)
+    loss(model).backward()
+    changed = loss(model).item()
+    asru.merge(model, in_place)
+    assert loss(model).item() == pytest.approx(changed, rel=1e-4) and changed > 2 * start
+    assert loss(reference).item() == (loss(model).item() if in_place else start)            # which shares W
+    model.requires_grad_(True)
+    loss(model).backward()
+    for child in found:
+        dW = child.linear.weight.grad
+        assert (child.A.grad - child.B.T @ dW).norm() < 1e-4 * child.A.grad.norm()
+        assert (child.B.grad - dW @ child.A.T).norm() < 1e-4 * child.B.grad.norm()
+    model.save_pretrained(tmp_path)
+    saved = [set(safe_open(folder / "model.safetensors", "pt").keys()) for folder in (tmp_path, EMBEDDED)]
+    assert list(model.state_dict()) == names and saved[0] == saved[1]
+
+
+@pytest.mark.parametrize("settings, moves", [
+    (dict(lora_rank=4), r"layers\..*proj"), (dict(train="mlp", state_dtype="bfloat16"), r"layers\..*mlp\."),
+    (dict(train="all"), "")])
+def test_training_moves_what_it_is_told_to(tiny, monkeypatch, settings, moves):
+    """Stage 2 with running mean and step back: these tensors change, no others; with `all` the vision tower's too."""
+    model, proc, data, _ = tiny()
+    cfg = asru.Config(steps=2, prompts=6, group=4, max_new_tokens=12, minibatch=6, lr=1e-3, step_back=0.5, average=0.5,
+                      temperature=4.0, **settings)      # hot: responses differ
+    seen = {name: [s for s in data[name] if s.get("image")][::40] for name in ("forget", "retain", "target")}
+    prompts = asru.encode_all(model, proc, seen, cfg)
+    old, lines = {name: value.clone() for name, value in model.state_dict().items()}, []
+    monkeypatch.setattr(asru, "reward_of", lambda cfg: lambda texts, *_: ([[0.0, 1.0, 0.0, 1.0] for _ in texts], {}))
+    asru.optimize_boundary(model, proc, *prompts.values(), cfg, lines.append)
+    assert 0 < lines[-1]["change_kept"] <= 1 and list(model.state_dict()) == list(old)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, old[name])}
+    assert moved == {name for name in old if re.search(moves, name)}
+
+
+def test_a_trained_tower_looks_again(tiny):
+    """Batches of pixels give the answers that batches of kept features give, and the tower a gradient."""
+    model, proc, data, prompts = tiny()
+    seeing = asru.encode_all(model, proc, data, asru.Config(train="all"))["retain"]
+    kept, again = (answer_logp(model, proc, asked, [0, 900])[0] for asked in (prompts["retain"], seeing))
+    assert torch.allclose(kept, again, atol=1e-5)
+    again.mean().backward()
+    assert model.model["visual"].pos_embed.weight.grad.norm() > 0
+
+
+def test_adamw_is_torch_s_and_bfloat16_moments_do_not_stall():
+    """float32: torch's own to 1e-6. bfloat16: the second moment's mean is right to 1 %; to the nearest, it stalls."""
+    rng = torch.Generator().manual_seed(0)
+    grads = torch.randn(20, 50, generator=rng)
+    mine, torch_s = (torch.ones(50, requires_grad=True) for _ in range(2))
+    for p, optimizer in ((mine, asru.AdamW([mine], lr=0.01, dtype=torch.float32)),
+                         (torch_s, torch.optim.AdamW([torch_s], lr=0.01))):
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, 20)
+        for p.grad in grads:
+            optimizer.step()
+            schedule.step()
+    assert (mine - torch_s).abs().max() < 1e-6
+
+    weight, nearest = torch.zeros(2000, requires_grad=True), torch.zeros(2000, dtype=torch.bfloat16)
+    optimizer = asru.AdamW([weight])
+    for step in range(400):
+        weight.grad = torch.randn(2000, generator=rng).sign()               # the exact one is 1 - 0.999^t everywhere
+        if step == 399:                                                     # another takes over from a checkpoint
+            weight_too = weight.detach().clone().requires_grad_()
+            twin, weight_too.grad = asru.AdamW([weight_too]), weight.grad
+            twin.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        nearest = (0.999 * nearest.float() + 0.001 * weight.grad**2).bfloat16()
+    kept, exact = optimizer.state[weight]["exp_avg_sq"], 1 - 0.999**400
+    assert kept.dtype == torch.bfloat16 and kept.float().mean().item() == pytest.approx(exact, rel=0.01)
+    assert nearest.float().max() < 0.8 * exact
+    twin.step()
+    assert torch.equal(weight, weight_too) and torch.equal(kept, twin.state[weight_too]["exp_avg_sq"])
+
+
+# ------------------------------------------------------------------------------ stage 0, and stage 1 as a file
+
+
+def test_memorise_teaches_a_random_model(tmp_path):
+    """From random weights, which tell nothing, four samples are learned, and the vanilla model on disk knows them."""
+    proc, shape = Processor.from_pretrained(EMBEDDED), Qwen3VL.from_pretrained(EMBEDDED).cfg
+    torch.manual_seed(0)
+    model, lines = Qwen3VL(shape).eval(), []
+    data = {name: [s for s in load_samples(HERE / f"data/{name}.json") if s.get("fact") and not s.get("image")][:60:30]
+            for name in ("forget", "retain")}
+    asked = encode(model, proc, data["forget"] + data["retain"])
+    recall = lambda m, asked: np.mean([contains(s["fact"], said)
+                                       for s, said in zip(asked.samples, respond(m, proc, asked, 20))])
+    assert recall(model, asked) == 0
+    cfg = asru.Config(out=tmp_path, train="all", memorise_lr=3e-3, memorise_epochs=40)
+    asru.memorise(model, proc, data, cfg, lines.append)
+    vanilla = [kind.from_pretrained(tmp_path / "vanilla") for kind in (Qwen3VL, Processor)]
+    assert recall(vanilla[0], encode(*vanilla, asked.samples)) > 0.9
+    assert len(lines) == 40 and lines[-1]["loss"] < 0.1 * lines[0]["loss"]
+
+
+def test_steer_file_puts_stage_1_on_and_off(tiny, tmp_path):
+    """The steered model less dW is the base, the base with dW the steered; the checksum is the base's, here by hand."""
+    (run, proc, data, prompts), base = tiny(), tiny()[0]
+    cfg = asru.Config(layer=3, strength=1.4, out=tmp_path, skip_rl=True)
+    few = {name: part.take(range(0, len(part), 40)) for name, part in prompts.items()}
+    asru.asru(run, proc, data, cfg, lambda line: None, (few, lambda stage: {}, {}))
+    with safe_open(tmp_path / "steer.safetensors", "pt") as file:
+        about, edit = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    hand = hashlib.sha256(b"".join(f"{name} torch.float32 {list(value.shape)}".encode() + value.numpy().tobytes()
+                                   for name, value in sorted(base.state_dict().items())))
+    assert about == {"layer": "3", "lambda": "1.4", "base_sha256": hand.hexdigest()}
+    D, width = asru.down_proj_of(base, 3).shape
+    shapes = {name: tuple(value.shape) for name, value in edit.items()}
+    assert shapes == {"dW": (D, width), "v_picture": (D,), "v_words": (D,)}
+    said = lambda m: m.logits(m(prompts["forget"].batch([0, 700], "cpu"))[:, -1]).detach()
+    steered, plain = said(run), said(base)
+    asru.down_proj_of(run, 3).data -= edit["dW"]
+    asru.down_proj_of(base, 3).data += edit["dW"]
+    assert torch.allclose(said(run), plain, atol=1e-4) and torch.allclose(said(base), steered, atol=1e-4)
+    assert (steered - plain).abs().max() > 0.1
 
 
 # ------------------------------------------------------------------------------ other methods
@@ -1397,6 +1533,7 @@ def test_a_flag_beats_the_method_and_the_method_the_model():
     (["--forget", "F", "--layer", "9"], "layer 9"), (["--forget", "F", "--steps", "many"], "--steps"),
     (["--forget", "F", "--frobnicate"], "--frobnicate"), (["--forget", "F", "--out", "FILE"], "FILE"),
     (["--forget", "F", "--device", "abacus"], "abacus"), (["--forget", "F", "--method", "magic"], "--method"),
+    (["--forget", "F", "--lora-rank", "4", "--train", "all"], "--lora-rank 4"),
 ])
 def test_wrong_input_is_one_line_and_status_2(tmp_path, argv, word, capsys):
     """One line that names the trouble, status 2, no traceback, nothing written."""

@@ -3,6 +3,7 @@
     python .ci/bench.py              the embedded model and a CPU shape (300 image tokens, prompt 350, response 40, G 8)
     python .ci/bench.py --quick      two pairs instead of five
     python .ci/bench.py --cuda       the 2B, 4B and 8B shapes with random bfloat16 weights on one GPU
+    python .ci/bench.py --memory     what stage 2 needs at these shapes, computed, and the cards that hold it
 
 A ratio is the median over alternating pairs of (transformers' time / ours). transformers does what TRL's GRPOTrainer asks of it:
 `generate` with every prompt repeated G times, then full rows of prompt and response through the policy (with gradient) and through
@@ -35,8 +36,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two pairs instead of five")
     parser.add_argument("--cuda", nargs="*", metavar="SHAPE", help="real shapes on one GPU: 2B 4B 8B, or some of them")
+    parser.add_argument("--memory", action="store_true", help="what stage 2 needs on one GPU, computed from the shapes")
     parser.add_argument("--alone", nargs=3, metavar=("WHAT", "SIDE", "CASE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory:
+        return memory_table()
     settings("ours")
     if args.alone:
         what, side, case = args.alone
@@ -308,6 +312,59 @@ def peak_memory(side, name):
     (case.step if side == "ours" else case.hf_step)()
     peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return peak - before
+
+
+# ------------------------------------------------------------------------------ memory of real shapes, computed
+
+
+TRAINED = {         # what is trained -> settings
+    "decoder": {}, "decoder, bf16 states": dict(state_dtype="bfloat16"), "mlp": dict(train="mlp"),
+    "mlp, bf16 states": dict(train="mlp", state_dtype="bfloat16"), "LoRA 16": dict(lora_rank=16)}
+
+
+def memory_table(P=350, G=8, R=50, Q=64, b=2):
+    """Peak of stage 2 on one GPU in GiB, bfloat16 weights, by what `optimize_boundary` holds. N parameters, t trained ones.
+
+    weights      2 N; adapters are float32, 4 t
+    float32      4 t: the numbers that bfloat16 weights are rounded from; adapters need none
+    states       8 t, or 4 t in bfloat16
+    reference    2 t: it shares what is not trained; adapters need none
+    gradients    2 t in backward; 4 t at the optimizer's step, when they are float32; adapters 4 t
+    activations  of b prompts of P tokens with G responses of R, T = b (P + G (R - 1)) tokens; a layer keeps
+                   T (4 D + 4 F + 4 H d + 3 K d) + b G (P + R - 1) 2 K d, two bytes each: both norms' input and output; q
+                   before and after its norm and turn, attention's output twice; k likewise, v; gate, its silu, up,
+                   inner; and the keys and values that are laid out per response: what autograd's hooks count, to 0.5 %,
+                   with decoder and LoRA. An upper limit with mlp.
+                   --recompute: T D of every layer, and one layer whole. The head's chunk of logits comes on top.
+    cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, and what sampling makes of Q G rows of V logits
+    Gradients and activations, the optimizer's step and the rollout do not meet: the total has the largest of the three.
+    """
+    GiB, LOGIT = 2**30, 24          # bytes per logit: about six float32 tensors
+    heads = ("weights", "float32", "states", "reference", "gradients", "activations", "recomputed", "cache", "total", "recomputed")
+    print(f"{'GiB':26}" + "".join(f"{head:>12}" for head in heads) + "   cards (with --recompute)")
+    for name in REAL_SHAPES:
+        with torch.device("meta"):
+            model = Qwen3VL(Qwen3VLConfig.from_dict(shape_of(name)))
+        for what, changes in TRAINED.items():
+            cfg = asru.Config(**changes)
+            N, t = (sum(p.numel() for p in found) for found in (list(model.parameters()), asru.trainable(model, cfg)))
+            asru.merge(model)
+            text, full = model.cfg.text, not cfg.lora_rank
+            D, F, L = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+            Hd, Kd = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
+            T = b * (P + G * (R - 1))
+            layer = 2 * (T * (4 * D + 4 * F + 4 * Hd + 3 * Kd) + b * G * (P + R - 1) * 2 * Kd)
+            head = LOGIT * min(asru.HEAD_CHUNK, b * G * R * text.vocab_size)
+            held = [2 * N + 4 * t * (not full), 4 * t * full, (8 if cfg.state_dtype == "float32" else 4) * t, 2 * t * full]
+            activations = L * layer + head, 2 * L * T * D + layer + head
+            rollout = 2 * 2 * L * Kd * Q * (P + G * (R - 1)) + LOGIT * Q * G * text.vocab_size
+            totals = [sum(held) + max(4 * t, (2 if full else 4) * t + most, rollout) for most in activations]
+            cards = [[card for card in (24, 48, 80) if total < 0.92 * card * GiB] for total in totals]
+            fits = " ".join(f"{card}" if card in cards[0] else f"({card})" for card in cards[1]) or "none"
+            row = [*held, 4 * t, *activations, rollout, *totals]
+            print(f"{name:4}{what:22}" + "".join(f"{value / GiB:12.1f}" for value in row) + f"   {fits}")
+    print(f"\nbfloat16 weights; prompts of {P} tokens, {G} responses of {R}; --microbatch {b}, rollouts of {Q} prompts; 92 % of a card is used."
+          "\n--average adds as much as float32, for adapters hardly anything; --kl 0 with --step-back 0 needs no reference.")
 
 
 # ------------------------------------------------------------------------------ one GPU
