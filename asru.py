@@ -36,21 +36,25 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (Prompts, answer_logp, answer_means, check_device, chunks, command, content_words, encode, evaluate, judge,
-                  load_samples, opened, pad_groups, prepare, print_answers, print_table, projections, report, respond, set_up_torch,
-                  split_sets)
+                  in_turn, load_samples, opened, pad_groups, prepare, print_answers, print_table, projections, report,
+                  respond, set_up_torch, split_sets, world)
 from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
 from reward import REFUSAL, Reward, contains, forget_reward, is_refusal, normalize, rouge_l
 
@@ -363,7 +367,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         report = {"stage": 2, "step": step, **step_report(texts, rewards, [kind_of(pool.samples[i], roles[i]) for i in rows], terms, keep),
                   "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
         log(report)
-        bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl")})
+        bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl") if k in report})
     for p, kept in zip(trained, mean):
         p.detach().copy_(kept)
     merge(model, in_place=not cfg.step_back)
@@ -408,9 +412,17 @@ def down_proj_of(model, layer):
 @torch.no_grad()
 def sample_groups(model, pool, rows, cfg, generator):
     """G responses to each prompt: tokens (Q, G, C) and keep (Q, G, C), true up to and including the end token."""
-    batch = pool.batch(rows, model.device)
-    tokens = model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p, generator)
-    tokens = tokens.view(len(rows), cfg.group, -1)
+    chance = torch.rand(len(rows), cfg.group, cfg.max_new_tokens, dtype=torch.float64, generator=generator,
+                        device=model.device)
+
+    def sample(part):
+        batch = pool.batch([rows[q] for q in part], model.device)
+        return model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p, chance=chance[part]).tolist()
+
+    said = [row for part in in_turn(sample, chunks(range(len(rows)), -(-len(rows) // world()[1]))) for row in part]
+    longest = max(map(len, said))
+    tokens = torch.tensor([row + [model.cfg.pad_token_id] * (longest - len(row)) for row in said], device=model.device)
+    tokens = tokens.view(len(rows), cfg.group, longest)
     ended = torch.isin(tokens, torch.tensor(model.cfg.eos_token_ids, device=tokens.device)).long()
     return tokens, ended.cumsum(-1) - ended == 0                   # nothing has ended before this token
 
@@ -440,24 +452,30 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
                    for mini in chunks(range(len(rows)), cfg.minibatch)]
     minibatches = [(mini, heard) for mini, heard in minibatches if heard]
     old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
-    with torch.no_grad():
-        for part in (part for _, heard in minibatches[1:] for part in chunks(heard, cfg.microbatch)):
-            old[tuple(part)], _ = response_logp(model, None, *args(part), cfg)
-    total = dict.fromkeys(("loss", "kl", "clipped", "grad_norm"), 0.0)
+
+    @torch.no_grad()
+    def remember(part):
+        old[tuple(part)], _ = response_logp(model, None, *args(part), cfg)
+
+    def learn(part):
+        logp, logp_ref = response_logp(model, reference, *args(part), cfg)          # (n,) n kept tokens
+        logp_old = old.get(tuple(part), logp.detach())
+        A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)           # (n,)
+        kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
+        loss = (cfg.kl * kl - clipped_surrogate(logp, logp_old, A, cfg.clip)).sum() / count
+        loss.backward()
+        clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
+        return [loss.item(), kl.sum().item() / count, clipped.sum().item() / count]
+
+    for _, heard in minibatches[1:]:
+        in_turn(remember, chunks(heard, cfg.microbatch))
+    figures = np.zeros(4)
     for mini, heard in minibatches:
-        count = keep[mini].sum()        # of the whole minibatch, silent groups too: as fewer speak, steps get smaller
-        for part in chunks(heard, cfg.microbatch):
-            logp, logp_ref = response_logp(model, reference, *args(part), cfg)      # (n,) n kept tokens
-            logp_old = old.get(tuple(part), logp.detach())
-            A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)       # (n,)
-            kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
-            loss = (cfg.kl * kl - clipped_surrogate(logp, logp_old, A, cfg.clip)).sum() / count
-            loss.backward()
-            clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
-            for name, value in (("loss", loss), ("kl", kl.sum() / count), ("clipped", clipped.sum() / count)):
-                total[name] += value.item() / len(minibatches)
-        total["grad_norm"] += optimizer_step(optimizer, trained, cfg.grad_norm) / len(minibatches)
-    return total
+        count = keep[mini].sum().item()     # of the whole minibatch, silent groups too: as fewer speak, steps get smaller
+        told = in_turn(learn, chunks(heard, cfg.microbatch))
+        add_up_gradients(trained)
+        figures += np.array([*np.sum(told, axis=0), optimizer_step(optimizer, trained, cfg.grad_norm)]) / len(minibatches)
+    return dict(zip(("loss", "kl", "clipped", "grad_norm"), figures.tolist()))
 
 
 @torch.no_grad()
@@ -1075,8 +1093,9 @@ def memorise(model, proc, data, cfg, log):
         bar.set_postfix(loss=f"{loss.item():.3f}")
     merge(model)
     model.requires_grad_(True)
-    model.save_pretrained(cfg.out / "vanilla")
-    proc.save_pretrained(cfg.out / "vanilla")
+    if world()[0] == 0:
+        model.save_pretrained(cfg.out / "vanilla")
+        proc.save_pretrained(cfg.out / "vanilla")
 
 
 MEMORISED = 4       # answers per step
@@ -1097,11 +1116,41 @@ def save_steer(edit, base, layer, cfg):
 
     Written at once, as a resumed run no longer has it; not by --compare, which runs stage 1 many times.
     """
-    if not cfg.compare:
+    if not cfg.compare and world()[0] == 0:
         cfg.out.mkdir(parents=True, exist_ok=True)
         about = {"layer": str(layer), "lambda": str(cfg.strength), "base_sha256": base}
         tensors = {name: value.float().contiguous().cpu() for name, value in edit.items()}
         write_aside(cfg.out / "steer.safetensors", save(tensors, metadata=about))
+
+
+# ------------------------------------------------------------------------------ several processes
+#
+#   torchrun --nproc_per_node N asru.py ...    Each process has the whole model and draws the same prompts. What `in_turn`
+#   does is shared out: a step's rollouts, the microbatches of an update, the answers of an evaluation. Stage 1, rewards and
+#   what the other methods do are the same everywhere, so that all models stay alike without being sent around.
+
+
+def join_processes(cfg):
+    """The settings for this process of those that torchrun started, if it did: on CUDA each has a GPU of its own."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return cfg
+    cuda = cfg.device is None and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local := int(os.environ["LOCAL_RANK"]))
+        cfg = replace(cfg, device=f"cuda:{local}")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_rank():                                 # the first one speaks for all
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return cfg
+
+
+@torch.no_grad()
+def add_up_gradients(trained):
+    """The sum over all processes, in each of them."""
+    for p in trained if world()[1] > 1 else ():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
 
 
 # ------------------------------------------------------------------------------ around the method
@@ -1249,7 +1298,7 @@ def check_config(cfg):
 def run(argv):
     """Load, unlearn, write. Nothing is written before the model and all data were read."""
     started = time.perf_counter()
-    cfg = parse_config(argv)
+    cfg = join_processes(parse_config(argv))
     check_machine(cfg)
     torch.manual_seed(cfg.seed)
     set_up_torch()
@@ -1266,6 +1315,8 @@ def run(argv):
         return task(model, proc, data, cfg)
     results = unlearn(model, proc, data, cfg, lines.append)
     seconds = time.perf_counter() - started
+    if world()[0]:
+        return {}
     metrics = write_results(model, proc, data, results, lines, cfg, seconds)
     print_table(metrics)
     print_answers(split_sets(data), results)
