@@ -1044,7 +1044,8 @@ def open_image(image):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(image, formats=PICTURE_FORMATS) as opened:
             check_size(*opened.size)                                        # the header's: nothing is decoded yet
-            return rgb(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)                  # a copy less, of what may be large
+            return rgb(opened)
     except FileNotFoundError:
         raise ValueError(f"{image}: no such picture") from None
     except Exception as error:          # Pillow's readers raise anything
@@ -1052,7 +1053,7 @@ def open_image(image):
 
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")      # others start a program (EPS)
-MOST_PIXELS = 2**26             # decoded, turned and converted, 12 bytes each
+MOST_PIXELS = 3 * 2**24         # a camera of 50 megapixels; decoded and copied, 8 bytes each
 
 
 def check_size(width, height):
