@@ -114,6 +114,7 @@ class Config:
     max_new_tokens: int = opt(50, "longest answer, tokens", least=1)
     eval_batch: int = opt(64, "prompts per batch in evaluation", least=1)
     allow_outside: bool = opt(False, "pictures may lie outside the folder of the JSON file that names them")
+    offline: bool = opt(False, "never ask the hub: a --model that is no directory must be downloaded already")
     device: str = opt(None, "cpu, cuda, cuda:1 ...; unset: CUDA where there is one")
     skip_steer: bool = opt(False, "leave out stage 1")
     skip_rl: bool = opt(False, "leave out stage 2")
@@ -242,7 +243,7 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
     """down_proj's input at the first `hold` tokens of each prompt's own answer: (n, F), float64."""
     end, found = list(model.cfg.eos_token_ids[:1]), []
     for rows in chunks(range(len(prompts)), cfg.eval_batch if cfg.hold else 0):
-        answers = [[proc.tokenizer(prompts.samples[i]["answer"], add_special_tokens=False)["input_ids"] + end] for i in rows]
+        answers = [[proc.plain(prompts.samples[i]["answer"]) + end] for i in rows]
         tokens, keep = pad_groups(answers, model.device)                    # (B, 1, C)
         batch = prompts.batch(rows, model.device)
         P, fed = batch.input_ids.shape[1], keep[:, 0, 1:]                   # (B, C - 1) the last token is never read
@@ -700,7 +701,7 @@ def npo_loss(log_ratio, beta):
 def kl_of_answers(model, reference, proc, prompts):
     """KL(p_0 || p) over the vocabulary, in nats, mean over the tokens of the prompts' own answers."""
     end = list(model.cfg.eos_token_ids[:1])
-    tokens, keep = pad_groups([[proc.tokenizer(s["answer"], add_special_tokens=False)["input_ids"] + end]
+    tokens, keep = pad_groups([[proc.plain(s["answer"]) + end]
                                for s in prompts.samples], model.device)     # (B, 1, C)
     batch = prompts.batch(range(len(prompts)), model.device)
     logp, logp_0 = (m.distribution(m.continuations(batch, tokens, keep)) for m in (model, reference))      # (n, V)
@@ -1265,7 +1266,8 @@ def suited(model):
     values = read_json(path) if path.exists() else {}
     methods, kinds = values.pop("methods", {}), {f.name: f.type for f in fields(Config)}
     for name, value in [pair for part in (values, *methods.values()) for pair in part.items()]:
-        if kinds.get(name) not in (int, float, bool) or not isinstance(value, (int, float)):
+        kind = kinds.get(name)
+        if kind not in (int, float, bool) or type(value) not in ((int, float) if kind is float else (kind,)):
             raise ValueError(f"{path}: {name!r}: {value!r} is no setting of asru.py")
     return values, methods
 
@@ -1303,8 +1305,8 @@ def run(argv):
     torch.manual_seed(cfg.seed)
     set_up_torch()
     data = load_data(cfg)
-    proc = Processor.from_pretrained(cfg.model)
-    model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device)
+    proc = Processor.from_pretrained(cfg.model, cfg.offline)
+    model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device, offline=cfg.offline)
     chosen_layer(model, cfg)
     print("settings: " + "  ".join(f"{k} {v}" for k, v in asdict(cfg).items() if v not in (None, False)))
     lines = []

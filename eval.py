@@ -67,7 +67,8 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from model_qwen3vl import Batch, Processor, Qwen3VL, first_line, open_image, write_aside
+from model_qwen3vl import (IMAGE_PAD, Batch, Processor, Qwen3VL, first_line, open_image, parse_json, read_text,
+                           write_aside)
 from reward import contains, decision, is_refusal, is_well_formed, normalize, rouge_l
 
 BLANK_PROMPT = "Please **ONLY** provide the correct answer that should replace the [Blank]."
@@ -200,8 +201,9 @@ class Prompts:
 def encode(model, proc, samples, pictures=None):
     """Samples -> Prompts. A picture is read and goes through the vision tower once; `pictures` holds earlier ones.
 
-    Raises ValueError for a picture that cannot be read.
+    Raises ValueError for a picture that cannot be read, and where the processor is not the model's.
     """
+    check_pair(model, proc)
     pictures = {} if pictures is None else pictures
     new = list(dict.fromkeys(s["image"] for s in samples if s.get("image") and s["image"] not in pictures))
     for start in range(0, len(new), 32):
@@ -217,8 +219,20 @@ def encode(model, proc, samples, pictures=None):
                + [{"type": "text", "text": s["question"]}]}] for s in samples]
     grids = [[pictures[s["image"]][0].tolist()] if s.get("image") else [] for s in samples]
     batch = proc.tokens(chats, grids)
+    if (highest := int(batch.input_ids.max())) >= model.cfg.text.vocab_size:
+        raise ValueError(f"the tokenizer gives token {highest}; vocab_size in config.json: {model.cfg.text.vocab_size}")
     tokens = [row[mask.bool()] for row, mask in zip(batch.input_ids, batch.attention_mask)]
     return Prompts(list(samples), tokens, pictures)
+
+
+def check_pair(model, proc):
+    """Raises ValueError where the tokenizer or the picture settings are not the model's."""
+    v, image = model.cfg.vision, proc.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    for name, found, wanted in (
+            ("patch_size", proc.patch, v.patch_size), ("temporal_patch_size", proc.temporal, v.temporal_patch_size),
+            ("merge_size", proc.merge, v.spatial_merge_size), ("image token", image, model.cfg.image_token_id)):
+        if found != wanted:
+            raise ValueError(f"tokenizer or preprocessor_config.json has {name} {found}, config.json has {wanted}")
 
 
 def respond(model, proc, prompts, max_new_tokens=50, batch_size=64, progress=None, **sampling):
@@ -279,7 +293,7 @@ def answer_logp(model, proc, prompts, rows, answers=None):
     """
     answers = answers or [[prompts.samples[i]["answer"]] for i in rows]
     end = list(model.cfg.eos_token_ids[:1])
-    tokens, keep = pad_groups([[proc.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in group]
+    tokens, keep = pad_groups([[proc.plain(text) + end for text in group]
                                for group in answers], model.device)                 # (B, G, C)
     hidden = model.continuations(prompts.batch(rows, model.device), tokens, keep)   # (kept, D)
     return model.distribution(hidden).gather(1, tokens[keep][:, None])[:, 0], keep
@@ -611,7 +625,7 @@ def opened(proc, prompts):
     for i, s in enumerate(prompts.samples):
         place = s.get("fact") and re.search(re.escape(s["fact"]), s["answer"], re.IGNORECASE)
         if words := s["answer"][:place.start()].rstrip() if place else "":
-            more = prompts.tokens[i].new_tensor(proc.tokenizer(words, add_special_tokens=False)["input_ids"])
+            more = prompts.tokens[i].new_tensor(proc.plain(words))
             begun[i] = torch.cat([prompts.tokens[i], more])
             samples.append({**s, "begun": words})
     return replace(prompts, samples=samples, tokens=list(begun.values()))
@@ -681,6 +695,7 @@ def restored(weights):
 
 FIELDS = {"id": str, "person": str, "image": str, "question": str, "answer": str, "fact": str, "kind": str,
           "options": dict, "label": str, "blank": str, "task": str}
+LONGEST = 20_000        # characters of a field
 NEEDED = {"choice": ("options", "label"), "cloze": ("fact",)}      # by task
 
 
@@ -689,24 +704,24 @@ def load_samples(path, allow_outside=False):
 
     Raises ValueError that names file, sample and field, FileNotFoundError where there is no file.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = [text] if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
-        samples = json.loads(text) if rows == [text] else [json.loads(row) for row in rows]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
+    path, first = Path(path), {}
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        samples = parse_json(text, path)
+    else:                               # not splitlines(): it also breaks at what may stand inside a text
+        rows = [row for row in text.split("\n") if row.strip()]
+        samples = [parse_json(row, f"{path}[{i}]") for i, row in enumerate(rows)]
     if not samples:
         raise ValueError(f"{path}: no samples; a JSON list of them, or one per line, is needed")
     for i, s in enumerate(samples):
         check_sample(f"{path}[{i}]", s)
+        if s.get("id") and first.setdefault(s["id"], i) != i:
+            raise ValueError(f"{path}[{i}]: 'id' {s['id']!r} is that of {path}[{first[s['id']]}] too")
         if s.get("image"):
             if not allow_outside and (Path(s["image"]).is_absolute() or os.path.normpath(s["image"]).startswith("..")):
                 raise ValueError(f"{path}[{i}]: picture {s['image']} lies outside {path.parent}/; --allow-outside lets it be read")
             s["image"] = str(path.parent / s["image"])
-            if not Path(s["image"]).is_file():
+            if not os.path.isfile(s["image"]):
                 raise FileNotFoundError(f"{path}[{i}]: no picture {s['image']}; paths are relative to the JSON file")
     return samples
 
@@ -717,6 +732,13 @@ def check_sample(where, s):
     for name, value in s.items():
         if name in FIELDS and value is not None and not isinstance(value, FIELDS[name]):
             raise ValueError(f"{where}: {name!r} is {type(value).__name__}, {FIELDS[name].__name__} is needed")
+        texts = (*value, *value.values()) if isinstance(value, dict) else (value,)
+        for text in texts if name in FIELDS and value else ():
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"{where}: {name!r} holds {text!r}; a text is needed")
+            if len(text) > LONGEST or re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"{where}: {name!r} has {len(text)} characters or half a character (\\ud800 to "
+                                 f"\\udfff); whole ones, {LONGEST} at most, are needed")
     for name in ("question", "answer", *NEEDED.get(s.get("task"), ())):
         if not s.get(name):
             raise ValueError(f"{where}: {name!r} is missing or empty")
@@ -1087,7 +1109,8 @@ def run(argv):
     sets = split_sets(data)
     if args.protocol and not any(s.get("task") for samples in sets.values() for s in samples):
         raise ValueError(f"{args.data}: no sample has the 'task' that --protocol {args.protocol} asks by")
-    load = lambda path: (Qwen3VL.from_pretrained(path, device=args.device), Processor.from_pretrained(path))
+    load = lambda path: (Qwen3VL.from_pretrained(path, device=args.device, offline=args.offline),
+                         Processor.from_pretrained(path, args.offline))
     model, proc = load(args.model)
     ask, pictures, results, said = evaluate_mllmu if args.protocol else evaluate_fully, {}, {}, {}
     with tqdm(total=sum(map(len, sets.values())), desc="evaluate", unit="answer", dynamic_ncols=True) as bar:
@@ -1156,6 +1179,7 @@ def parse_args(argv):
     add("--protocol", choices=["mllmu"], help="MLLMU-Bench's prompts and decisions, for samples with a task")
     add("--max-new-tokens", type=int, default=50, help="longest answer, tokens [50]")
     add("--allow-outside", action="store_true", help="pictures may lie outside DATA")
+    add("--offline", action="store_true", help="never ask the hub: what is no directory must be downloaded already")
     add("--device", help="cpu, cuda, cuda:1 ...; unset: CUDA where there is one")
     return parser.parse_args(argv)
 

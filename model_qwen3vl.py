@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,9 @@ class Qwen3VLConfig:
         if raw.get("model_type") != "qwen3_vl":
             hint = "mixture-of-experts is not supported" if "moe" in str(raw.get("model_type")) else "not a Qwen3-VL"
             raise ValueError(f"config.json: model_type is {raw.get('model_type')!r} ({hint}); 'qwen3_vl' is needed")
+        for name in ("text_config", "vision_config"):
+            if not isinstance(raw.get(name), dict):
+                raise ValueError(f"config.json: {name} is missing or no object")
         text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -106,7 +110,8 @@ class Qwen3VLConfig:
         text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 500000.0))
         text["mrope_section"] = tuple(rope.get("mrope_section", (24, 20, 20)))
         text.setdefault("num_key_value_heads", text.get("num_attention_heads"))
-        text.setdefault("head_dim", text.get("hidden_size", 0) // (text.get("num_attention_heads") or 1))
+        if "head_dim" not in text:
+            text["head_dim"] = text.get("hidden_size", 0) // (text.get("num_attention_heads") or 1)
         vision["deepstack_visual_indexes"] = tuple(vision.get("deepstack_visual_indexes", (8, 16, 24)))
         vision["rope_theta"] = (vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)
         generation = generation or {}
@@ -124,13 +129,32 @@ class Qwen3VLConfig:
             tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
             eos_token_ids=eos, pad_token_id=pad if pad is not None else (eos[0] if eos else 0),
             raw=raw, generation=generation)
-        if cfg.vision.out_hidden_size != cfg.text.hidden_size:
-            raise ValueError(f"config.json: vision out_hidden_size {cfg.vision.out_hidden_size} must equal "
-                             f"text hidden_size {cfg.text.hidden_size}")
-        if 2 * sum(cfg.text.mrope_section) != cfg.text.head_dim:
-            raise ValueError(f"config.json: mrope_section {list(cfg.text.mrope_section)} must add up to half of "
-                             f"head_dim {cfg.text.head_dim}")
+        cfg.check()
         return cfg
+
+    def check(self):
+        """The sizes fit each other. Raises ValueError."""
+        text, vision = self.text, self.vision
+        sections, deep, places = text.mrope_section, vision.deepstack_visual_indexes, vision.num_position_embeddings
+        ids = *self.never_sampled, *self.eos_token_ids, self.pad_token_id
+        for fits, wanted in (
+                (max(text.num_hidden_layers, vision.depth) <= 500, "at most 500 layers are supported"),
+                (text.num_attention_heads % text.num_key_value_heads == 0,
+                 "num_key_value_heads must divide num_attention_heads"),
+                (vision.out_hidden_size == text.hidden_size,
+                 f"vision out_hidden_size {vision.out_hidden_size} must equal text hidden_size {text.hidden_size}"),
+                (len(sections) == 3 and 2 * sum(sections) == text.head_dim,
+                 f"mrope_section {list(sections)} must be three that add up to half of head_dim {text.head_dim}"),
+                (vision.hidden_size % (4 * vision.num_heads) == 0, "4 num_heads must divide the vision hidden_size"),
+                (vision.in_channels == 3, "in_channels must be 3"),
+                (math.isqrt(places)**2 == places, "num_position_embeddings must be a square"),
+                (len({*deep}) == len(deep) and max(deep, default=0) < vision.depth,
+                 f"deepstack_visual_indexes {list(deep)} must be different blocks below depth {vision.depth}"),
+                (type(self.tie_word_embeddings) is bool, "tie_word_embeddings must be true or false"),
+                (all(type(i) is int and 0 <= i < text.vocab_size for i in ids),
+                 f"or generation_config.json: token ids {[*ids]} must be whole numbers below vocab_size")):
+            if not fits:
+                raise ValueError(f"config.json: {wanted}")
 
     @property
     def never_sampled(self):
@@ -144,9 +168,16 @@ def _build(cls, values, where):
     chosen = {name: values[name] for name in known if name in values}
     for name, f in known.items():
         value = chosen.get(name, f.default)
-        if f.type is int and not (isinstance(value, int) and 0 < value < 2**31):
+        whole = lambda value: type(value) is int and 0 <= value < 2**31             # true is an int, but no number
+        fits, wanted = {
+            int: (whole(value) and value > 0, "a positive whole number"),
+            float: (type(value) in (int, float) and 0 < value < math.inf, "a positive number"),
+            bool: (type(value) is bool, "true or false"),
+            tuple: (type(value) is tuple and all(map(whole, value)), "a list of whole numbers"),
+        }[f.type]
+        if not fits:
             found = f"is {chosen[name]!r}" if name in chosen else "is missing"
-            raise ValueError(f"config.json: {where}.{name} {found}; a positive whole number is needed")
+            raise ValueError(f"config.json: {where}.{name} {found}; {wanted} is needed")
     return cls(**chosen)
 
 
@@ -376,22 +407,25 @@ class Qwen3VL(nn.Module):
         return torch.searchsorted(mass, point, right=True).view(chance.shape)      # no token of p 0: there the sum is flat
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_name, dtype=None, device=None):
-        """Load a Hugging Face checkpoint, one file or shards, strictly: every tensor is wanted and every shape fits.
+    def from_pretrained(cls, path_or_hub_name, dtype=None, device=None, offline=False):
+        """Load a Hugging Face checkpoint, one file or shards, strictly: every tensor is wanted, fits and is finite.
 
         device None: CUDA where there is one. dtype None: the checkpoint's own on CUDA, float32 on a CPU.
+        offline: a hub name must have been downloaded before. One tensor at a time is read: there is no second copy.
         Raises ValueError (what is wrong in which file) or FileNotFoundError.
         """
-        folder = checkpoint_folder(path_or_hub_name)
+        folder = checkpoint_folder(path_or_hub_name, offline)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         generation = folder / "generation_config.json"
+        raw, said = read_json(folder / "config.json"), read_json(generation) if generation.exists() else None
         try:
-            cfg = Qwen3VLConfig.from_dict(read_json(folder / "config.json"),
-                                          read_json(generation) if generation.exists() else None)
-        except (KeyError, TypeError, AttributeError) as error:
+            cfg = Qwen3VLConfig.from_dict(raw, said)
+            with torch.device("meta"):
+                model = cls(cfg)
+        except ValueError as error:
+            raise ValueError(f"{folder}/{error}") from None
+        except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:  # last: sizes overflow
             raise ValueError(f"{folder / 'config.json'}: not a Qwen3-VL configuration ({first_line(error)})") from None
-        with torch.device("meta"):
-            model = cls(cfg)
         wanted = {name: value.shape for name, value in model.state_dict().items()}
         if cfg.tie_word_embeddings:
             del wanted["lm_head.weight"]
@@ -405,7 +439,8 @@ class Qwen3VL(nn.Module):
                         check_tensor(file, name, tuple(opened.get_slice(name).get_shape()), wanted)
                         value = opened.get_tensor(name)
                         state[name] = value.to(dtype or (torch.float32 if device.type == "cpu" else value.dtype))
-            except SafetensorError as error:
+                        check_finite(file, name, state[name])
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
         if missing := wanted.keys() - state.keys():
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them")
@@ -841,6 +876,7 @@ class Processor:
     """Chats with pictures -> Batch, as Qwen3-VL's own tokenizer, chat template and image processor do it."""
 
     def __init__(self, tokenizer, image_settings):
+        """image_settings: what preprocessor_config.json holds. Raises ValueError where a number of it is absurd."""
         self.tokenizer = tokenizer
         self.special = tokenizer.all_special_tokens + [str(t) for t in tokenizer.added_tokens_decoder.values()]
         self.patch = image_settings.get("patch_size", 16)
@@ -851,6 +887,13 @@ class Processor:
         size = image_settings.get("size") or {}
         self.min_pixels = image_settings.get("min_pixels") or size.get("shortest_edge", 65536)
         self.max_pixels = image_settings.get("max_pixels") or size.get("longest_edge", 16777216)
+        for name, value, most in (("patch_size", self.patch, 64), ("temporal_patch_size", self.temporal, 2),
+                                  ("merge_size", self.merge, 4), ("size.longest_edge", self.max_pixels, 2**24),
+                                  ("size.shortest_edge", self.min_pixels, self.max_pixels)):
+            if type(value) is not int or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r}; a whole number from 1 to {most} is needed")
+        if not (self.mean.shape == self.std.shape == (3,) and (abs(self.mean) < 9).all() and (self.std > 1e-3).all()):
+            raise ValueError("image_mean and image_std must be three numbers each, those of image_std above 0")
 
     def __call__(self, conversations, add_generation_prompt=True):
         """Chats in the Hugging Face messages form; pictures as PIL images or paths. Returns a left-padded Batch.
@@ -878,8 +921,8 @@ class Processor:
             ids = []
             for piece in re.split(f"({MARK}[0-9]+{MARK})", head):
                 plain = piece.startswith(MARK) and piece.strip(MARK).isdigit()
-                ids += self.tokenizer(typed[int(piece.strip(MARK))] if plain else piece, add_special_tokens=False,
-                                      split_special_tokens=plain)["input_ids"]
+                ids += self.plain(typed[int(piece.strip(MARK))]) if plain else \
+                    self.tokenizer(piece, add_special_tokens=False)["input_ids"]
             rows.append(ids)
         T = max(map(len, rows))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -887,6 +930,10 @@ class Processor:
         mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])        # (B, T)
         flat = [grid for row in grids for grid in row]
         return Batch(ids, mask, image_grid_thw=torch.tensor(flat) if flat else None)
+
+    def plain(self, text):
+        """Token ids of a text as it is: what spells a special token in it is text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _set_aside_typed_tokens(self, chat):
         """Texts that spell a special token are text: they must not open a turn or a picture.
@@ -925,13 +972,15 @@ class Processor:
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_name):
+    def from_pretrained(cls, path_or_hub_name, offline=False):
         """Read tokenizer and image settings. Raises ValueError where the tokenizer lacks what Qwen3-VL needs."""
-        folder = checkpoint_folder(path_or_hub_name)
+        folder = checkpoint_folder(path_or_hub_name, offline)
         from transformers import AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:    # the tokenizer's readers raise anything, down to a bare Exception
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except BaseException as error:      # its readers raise anything; its Rust half panics, which is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(f"{folder}: the tokenizer cannot be read ({first_line(error)})") from None
         missing = [t for t in SPECIAL_TOKENS if t not in tokenizer.get_vocab()]
         if missing:
@@ -940,15 +989,34 @@ class Processor:
             raise ValueError(f"{folder}: the tokenizer has no chat template")
         tokenizer.padding_side = "left"
         settings = folder / "preprocessor_config.json"
-        processor = cls(tokenizer, read_json(settings) if settings.exists() else {})
+        found = read_json(settings) if settings.exists() else {}
+        try:
+            processor = cls(tokenizer, found)
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{settings}: {first_line(error)}") from None
         processor.folder = folder
+        processor.check_template()
         return processor
+
+    def check_template(self):
+        """A picture and every special token, spelled as text, go through the chat template and come out as such."""
+        try:
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "".join(SPECIAL_TOKENS)}]}]
+            ids = self.tokens([chat], [[(1, self.merge, self.merge)]]).input_ids[0].tolist()
+            text = self.tokenizer.decode(ids)
+        except Exception as error:      # a template is a program: it raises anything
+            raise ValueError(f"{self.folder}: the chat template does not work ({first_line(error)})") from None
+        if "".join(SPECIAL_TOKENS) not in text or ids.count(self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)) != 1:
+            raise ValueError(f"{self.folder}: the chat template loses text or picture, or {IMAGE_PAD} is not special")
 
     def save_pretrained(self, directory):
         """Copy tokenizer and image settings beside a saved model, unchanged."""
         for name in PROCESSOR_FILES:
             if (self.folder / name).exists():
                 write_aside(Path(directory) / name, (self.folder / name).read_bytes())
+        if not any((self.folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+            template = self.tokenizer.chat_template.encode()        # AutoProcessor does not look into the tokenizer's
+            write_aside(Path(directory) / "chat_template.jinja", template)
 
 
 IMAGE_PAD = "<|image_pad|>"
@@ -973,23 +1041,40 @@ def images_of(chat):
 def open_image(image):
     """A PIL image or a path -> RGB, turned as its EXIF tag says."""
     if isinstance(image, Image.Image):          # transformers puts a transparent PIL image on white, a file it does not
+        check_size(*image.size)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return rgb(image)
     try:
-        with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        with warnings.catch_warnings(action="ignore"), Image.open(image, formats=PICTURE_FORMATS) as opened:
+            check_size(*opened.size)                                        # the header's: nothing is decoded yet
+            ImageOps.exif_transpose(opened, in_place=True)                  # a copy less, of what may be large
+            return rgb(opened)
     except FileNotFoundError:
         raise ValueError(f"{image}: no such picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:          # Pillow's readers raise anything
         raise ValueError(f"{image}: not a picture that can be read ({first_line(error)})") from None
+
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")      # others start a program (EPS)
+MOST_PIXELS = 3 * 2**24         # a camera of 50 megapixels; decoded and copied, 8 bytes each
+
+
+def check_size(width, height):
+    if not 0 < width * height <= MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; at least 1 and at most {MOST_PIXELS} are read")
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"{width} x {height} pixels are too long; one side may be 200 times the other at most")
+
+
+def rgb(image):
+    """Eight bits per colour. Pillow takes 16-bit grey for 8-bit grey, and all but the darkest for white."""
+    return (image.convert("I").point(lambda v: v / 257) if image.mode.startswith("I") else image).convert("RGB")
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
     """The nearest size whose sides are multiples of `factor` and whose area is within the limits, in pixels."""
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"a picture of {width} x {height} is too long; one side may be 200 times the other at most")
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -1010,6 +1095,12 @@ def check_tensor(file, name, shape, wanted):
         raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(wanted[name])}")
 
 
+def check_finite(file, name, value):
+    low, high = value.aminmax()         # either is NaN where any element is; takes no memory
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{file}: {name} has values that are NaN or infinite")
+
+
 def weight_files(folder):
     """The safetensors files of a checkpoint: one, or the shards that the index names."""
     if (folder / "model.safetensors").exists():
@@ -1018,17 +1109,20 @@ def weight_files(folder):
     if not index.exists():
         raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted({*map(str, read_json(index)["weight_map"].values())})
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index}: no 'weight_map' from tensor names to files") from None
     for name in names:
-        if Path(name).name != name or not (folder / name).exists():
+        if Path(name).name != name or not os.path.isfile(folder / name):
             raise FileNotFoundError(f"{index}: shard {name!r} is not in the folder")
     return [folder / name for name in names]
 
 
-def checkpoint_folder(path_or_hub_name):
-    """A directory as it is; any other name is fetched from the hub (safetensors and JSON alone, never pickles)."""
+def checkpoint_folder(path_or_hub_name, offline=False):
+    """A directory as it is; any other name is fetched from the hub (safetensors and JSON alone, never pickles).
+
+    offline: it is looked for among what was downloaded before, and nobody is asked.
+    """
     folder = Path(path_or_hub_name)
     if folder.is_dir():
         return folder
@@ -1037,20 +1131,41 @@ def checkpoint_folder(path_or_hub_name):
     from huggingface_hub import snapshot_download
     patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(str(path_or_hub_name), allow_patterns=patterns))
+        return Path(snapshot_download(str(path_or_hub_name), allow_patterns=patterns, local_files_only=offline))
     except Exception as error:         # no network, no such name, no permission: each has its own class
-        raise FileNotFoundError(f"{path_or_hub_name}: no such directory, and the hub did not give it "
-                                f"({first_line(error)})") from None
+        why = "it was not downloaded before, and --offline forbids it now" if offline else \
+            f"the hub did not give it ({first_line(error)})"
+        raise FileNotFoundError(f"{path_or_hub_name}: no such directory, and {why}") from None
 
 
 def read_json(path):
-    """Parse a JSON file; ValueError names file and place."""
+    """A JSON file that holds an object -> dict. Raises ValueError that names file and place."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: an object is needed, not {type(value).__name__}")
+    return value
+
+
+def parse_json(text, where):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({first_line(error)})") from None
+
+
+LARGEST_TEXT = 2**25        # bytes; parsed, JSON takes thirty times as much at worst
+
+
+def read_text(path):
+    """UTF-8, with a byte order mark or without, of a file that is not too large."""
+    try:
+        if (size := os.path.getsize(path)) > LARGEST_TEXT:
+            raise ValueError(f"{path}: {size / 1e6:.0f} MB; at most {LARGEST_TEXT / 1e6:.0f} MB of text are read")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({first_line(error)})") from None
 
 
 def write_aside(path, data, mode=0o666):
@@ -1065,4 +1180,6 @@ def write_aside(path, data, mode=0o666):
 
 
 def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, fit for a terminal: it may quote from a file."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "".join(c if c.isprintable() else "?" for c in line[:500])
