@@ -32,23 +32,30 @@ Where this differs from the paper or from its released script
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
+import os
 import random
 import re
+import shutil
+import signal
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (Prompts, answer_logp, answer_means, check_device, chunks, command, content_words, encode, evaluate, judge,
-                  load_samples, pad_groups, prepare, print_answers, print_table, projections, report, respond, set_up_torch,
-                  split_sets)
-from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
+                  load_samples, pad_groups, prepare, print_answers, print_table, projections, report, respond,
+                  set_signals, set_up_torch, split_sets)
+from model_qwen3vl import Processor, Qwen3VL, aside, read_json, write_aside
 from reward import REFUSAL, Reward, contains, forget_reward, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
@@ -104,6 +111,8 @@ class Config:
 
     max_new_tokens: int = opt(50, "longest answer, tokens", least=1)
     eval_batch: int = opt(64, "prompts per batch in evaluation", least=1)
+    checkpoint: int = opt(20, "stage 2: steps between two checkpoints, for --resume; 0: when stopped alone", least=0)
+    resume: bool = opt(False, "go on from the newest checkpoint under --out; settings and data must be the same")
     allow_outside: bool = opt(False, "pictures may lie outside the folder of the JSON file that names them")
     device: str = opt(None, "cpu, cuda, cuda:1 ...; unset: CUDA where there is one")
     skip_steer: bool = opt(False, "leave out stage 1")
@@ -311,7 +320,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
     stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
-    for step in bar:
+    for step in survive(bar, log, stream, resting, optimizer, schedule, trained, mean, generator):
         started = time.perf_counter()
         rows, twins = next(stream)
 
@@ -325,7 +334,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 
         # 3 Compare within the group; a group of equal rewards says nothing and is left out.
         advantage = group_advantage(rewards)                                # (Q, G)
-        live = (rewards.amax(1) > rewards.amin(1)).nonzero()[:, 0].tolist()
+        live = (rewards.amax(1) != rewards.amin(1)).nonzero()[:, 0].tolist()
         resting.update(rows)
         resting.difference_update(rows[q] for q in live)
 
@@ -410,6 +419,8 @@ def k3(logp, logp_ref):
 
 def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm."""
+    if not advantage.isfinite().all():
+        raise FloatingPointError("a reward is no number, and no step was made")
     args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
     length = [len(pool.tokens[row]) + n for row, n in zip(rows, keep.sum((1, 2)).tolist())]     # of a prompt and all its responses
     minibatches = [(mini, sorted((q for q in mini if q in live), key=length.__getitem__))      # like lengths: less padding
@@ -432,6 +443,8 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
             clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
             for name, value in (("loss", loss), ("kl", kl.sum() / count), ("clipped", clipped.sum() / count)):
                 total[name] += value.item() / len(minibatches)
+        if not math.isfinite(total["loss"]):
+            raise FloatingPointError(f"the loss is {total['loss']}, no step was made; a lower learning rate is needed")
         total["grad_norm"] += optimizer_step(optimizer, trained, cfg.grad_norm) / len(minibatches)
     return total
 
@@ -878,6 +891,162 @@ def sweep(model, proc, data, cfg):
 STRENGTHS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 
 
+# ------------------------------------------------------------------------------ surviving
+#
+#   checkpoint/step-000120.safetensors  what the optimizer moves and keeps, the running mean, the sampler's state
+#   checkpoint/step-000120.json         all else, and the sum of both: it is written last, so that what has it is whole
+
+
+class Log(list):
+    """The lines of log.jsonl, each taken by a call; beside them what the run has measured, and its checkpoints.
+
+    With --resume all of it is as the newest whole checkpoint has it. Raises ValueError where other settings or other
+    data made that.
+    """
+    __call__ = list.append
+
+    def __init__(self, cfg, model, data):
+        self.folder, self.every, self.origin = cfg.out / "checkpoint", cfg.checkpoint, origin_of(cfg, model, data)
+        if not cfg.resume and any(self.folder.glob("step-*.json")):
+            tell(f"{self.folder} is of a run that did not end; this one starts afresh (--resume goes on with that one)")
+        self.kept, self.state = newest_checkpoint(self.folder) if cfg.resume else ([], {})
+        self.known = self.state.get("known", {})        # stage: what `measure` found
+        there = self.state.get("origin", self.origin)
+        differ = [f"{name} was {there.get(name)} and is {self.origin.get(name)}" for name in {**there, **self.origin}
+                  if there.get(name) != self.origin.get(name)]
+        if differ:
+            raise ValueError(f"--resume: {self.folder} is of a run with other settings or data: {'; '.join(differ)}")
+
+    @contextmanager
+    def lifetime(self):
+        """What stops the run inside says how to go on; once the run is through, no checkpoint is left."""
+        try:
+            yield
+        except BaseException as error:
+            if self.kept:
+                error.add_note(f"{self.folder / self.kept[-1]} is kept; the same command with --resume goes on there")
+            raise
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self, state, tensors):
+        """Write a checkpoint; it and the one before stay."""
+        state = {**state, "origin": self.origin, "lines": self, "known": self.known}
+        path = self.folder / f"step-{state['step']:06}.json"
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with aside(path.with_suffix(".safetensors")) as part:
+            save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part)
+        write_aside(path, json.dumps({"sum": seal(path, state), "state": state}).encode(), mode=0o600)
+        self.kept = [*self.kept, path.stem][-2:]
+        for file in self.folder.iterdir():
+            if file.stem not in self.kept:
+                file.unlink()
+
+
+def survive(bar, log, stream, resting, optimizer, schedule, trained, mean, generator):
+    """Stage 2's steps, with a checkpoint now and then; steps that --resume finds done are drawn again and not taken.
+
+    Ctrl-C and SIGTERM wait for the end of the step and a checkpoint; a second one waits for nothing.
+    """
+    if not isinstance(log, Log):
+        yield from bar
+        return
+    done, woken = log.state.get("step", 0), log.state.get("woken", [])      # per step, who fell asleep or woke up
+    if done:
+        restore(log, optimizer, schedule, trained, mean, generator)
+    asked = []
+
+    def heed(number, frame):
+        set_signals(handlers)
+        asked.append(number)
+        os.write(2, b"\nasru.py: stopping after this step; a second time: at once\n")      # print may be at work itself
+
+    handlers = set_signals({signal.SIGINT: heed, signal.SIGTERM: heed})
+    for step in bar:
+        before = set(resting)
+        if step <= done:
+            next(stream)
+            resting.symmetric_difference_update(woken[step - 1])
+            continue
+        yield step
+        woken.append(sorted(before ^ resting))
+        if asked or log.every and (step % log.every == 0 or step == bar.total):
+            log.save({"step": step, "woken": woken, "lr": schedule.get_last_lr(), "schedule": schedule.state_dict()},
+                     state_tensors(optimizer, mean, generator))
+        if asked:
+            signal.raise_signal(asked[0])
+    set_signals(handlers)
+
+
+def state_tensors(optimizer, mean, generator):
+    """{"what place": tensor}: float32 weights, what the optimizer keeps of each, their mean; the generator's state."""
+    exact = optimizer.param_groups[0]["params"]
+    of_each = [{"weight": p, **optimizer.state[p], **({"mean": mean[i]} if mean else {})} for i, p in enumerate(exact)]
+    return {"generator 0": generator.get_state(),
+            **{f"{what} {i}": value for i, found in enumerate(of_each) for what, value in found.items()}}
+
+
+@torch.no_grad()
+def restore(log, optimizer, schedule, trained, mean, generator):
+    """Put all back where the checkpoint has it."""
+    exact = optimizer.param_groups[0]["params"]
+    for name, value in load_file(log.folder / f"{log.kept[0]}.safetensors").items():
+        what, i = name.split()[0], int(name.split()[1])
+        if what == "generator":
+            generator.set_state(value)
+        elif what in ("weight", "mean"):
+            for p in (exact[i], trained[i]) if what == "weight" else (mean[i],):
+                p.copy_(value)
+        else:
+            optimizer.state[exact[i]][what] = value.to(exact[i].device, copy=True)
+    schedule.load_state_dict(log.state["schedule"])
+    optimizer.param_groups[0]["lr"], = log.state["lr"]
+    log[:] = log.state["lines"]
+
+
+def newest_checkpoint(folder):
+    """([its name], its state) of the newest checkpoint that is whole; ([], {}) where there is none."""
+    for path in sorted(folder.glob("step-*.json"), reverse=True):
+        try:
+            found = read_json(path)
+            if found["sum"] == seal(path, found["state"]):
+                return [path.stem], found["state"]
+        except (ValueError, OSError, LookupError, TypeError):
+            pass
+        tell(f"{path.with_suffix('')} is damaged; the one before it is asked")
+    tell(f"{folder} has nothing to go on from; starting from the beginning")
+    return [], {}
+
+
+def seal(path, state):
+    """What both files of a checkpoint must agree on."""
+    return checksum([np.memmap(path.with_suffix(".safetensors"), mode="r"), json.dumps(state).encode()])
+
+
+def origin_of(cfg, model, data):
+    """What a run's numbers follow from: settings, and checksums of weights, samples and pictures.
+
+    Not where it writes, nor what saves memory, which changes last bits at most and may have to be changed to go on.
+    """
+    free = ("out", "checkpoint", "microbatch", "recompute", "allow_outside")
+    settings = {name: value for name, value in settings_of(cfg).items() if name not in free}
+    pictures = sorted({s["image"] for samples in data.values() for s in samples if s.get("image")})
+    weights = (value.detach().reshape(-1).view(torch.uint8).cpu().numpy() for value in model.state_dict().values())
+    return {**settings, "device": model.device.type, "weights": checksum(weights),
+            **{f"{name} samples": checksum([json.dumps(samples).encode()]) for name, samples in data.items()},
+            "pictures": checksum(Path(path).read_bytes() for path in pictures)}
+
+
+def checksum(pieces):
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def tell(line):
+    tqdm.write(f"asru.py: {line}", file=sys.stderr)
+
+
 # ------------------------------------------------------------------------------ around the method
 
 
@@ -892,12 +1061,21 @@ def encode_all(model, proc, data):
     return {name: encode(model, proc, samples, pictures) for name, samples in data.items()}
 
 
-def get_ready(model, proc, data, cfg):
-    """What all runs of a model on the same data share: prompts, measure(stage), and what it finds before."""
+def get_ready(model, proc, data, cfg, known=None):
+    """What all runs of a model on the same data share: prompts, measure(stage), and what it finds before.
+
+    known: {stage: what measure found}, if it is to measure no stage twice.
+    """
     prompts = encode_all(model, proc, data)
     pictures = prompts["forget"].pictures
     exams = {name: prepare(model, proc, samples, pictures) for name, samples in split_sets(data).items()}
-    measure = lambda stage: evaluate_sets(model, proc, exams, cfg, stage)
+
+    def measure(stage):
+        found = (known or {}).get(stage) or evaluate_sets(model, proc, exams, cfg, stage)
+        if known is not None:
+            known[stage] = found
+        return found
+
     return prompts, measure, measure("before")
 
 
@@ -931,7 +1109,7 @@ def load_data(cfg):
 
 
 def settings_of(cfg):
-    return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items()}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items() if name != "resume"}
 
 
 def write_results(model, proc, data, results, log_lines, cfg, seconds):
@@ -981,10 +1159,13 @@ def parse_config(argv):
 
 
 def check_machine(cfg):
-    """The device exists, and --out is or can become a directory."""
+    """The device exists, and --out is or can become a directory that can be written to."""
     check_device(cfg.device)
     if cfg.out.exists() and not cfg.out.is_dir():
         raise ValueError(f"--out {cfg.out}: a file is in the way; a directory is needed")
+    place = next(folder for folder in (cfg.out, *cfg.out.absolute().parents) if folder.exists())
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--out {cfg.out}: {place} may not be written to")
 
 
 def check_config(cfg):
@@ -1017,10 +1198,11 @@ def run(argv):
     print("settings: " + "  ".join(f"{k} {v}" for k, v in asdict(cfg).items() if v not in (None, False)))
     if cfg.sweep or cfg.compare:
         return (sweep if cfg.sweep else compare)(model, proc, data, cfg)
-    lines = []
-    results = unlearn(model, proc, data, cfg, lines.append)
-    seconds = time.perf_counter() - started
-    metrics = write_results(model, proc, data, results, lines, cfg, seconds)
+    log = Log(cfg, model, data)
+    with log.lifetime():
+        results = unlearn(model, proc, data, cfg, log, get_ready(model, proc, data, cfg, log.known))
+        seconds = time.perf_counter() - started
+        metrics = write_results(model, proc, data, results, log, cfg, seconds)
     print_table(metrics)
     print_answers(split_sets(data), results)
     print(f"{seconds:.0f} s; everything is in {cfg.out}/")
@@ -1029,7 +1211,13 @@ def run(argv):
 
 def main(argv=None):
     """The command: returns what goes to metrics.json. Wrong input: one line on stderr, exit status 2."""
-    return command("asru.py", run, argv)
+    return command("asru.py", run, argv, LOWER)
+
+
+LOWER = {       # where memory runs out: what helps there
+    "sample_groups": "--prompts, --group or --max-new-tokens", "update": "--microbatch, or add --recompute",
+    "respond": "--eval-batch or --max-new-tokens", "saliency_masks": "--microbatch", "descend": "--baseline-batch",
+    "evaluate_sets": "--eval-batch", "asru": "--eval-batch"}
 
 
 if __name__ == "__main__":
