@@ -1531,7 +1531,7 @@ def test_killed_at_twenty_random_moments(short, tmp_path, monkeypatch):
     assert any(line.get("live_groups") for line in short.whole[1])                  # it did learn something
     while True:
         process = start()
-        process.join(rng.uniform(0, 0.7 * length) if len(moments) < 20 else None)       # who goes on needs less
+        process.join(rng.uniform(0, 0.5 * length) if len(moments) < 20 else None)       # who goes on needs less
         if process.exitcode is None:
             process.kill()
             moments.append(saved(tmp_path / "out"))
