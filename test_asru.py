@@ -1516,7 +1516,7 @@ def test_killed_at_twenty_random_moments(short, tmp_path, monkeypatch):
     """SIGKILL while loading, evaluating, stepping, writing: who goes on each time ends where nobody was killed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context, rng, moments = multiprocessing.get_context("forkserver"), random.Random(0), []
-    context.set_forkserver_preload(["asru", "torch._dynamo", "transformers.models.auto.tokenization_auto"])    # once for all
+    context.set_forkserver_preload(["asru", "torch._dynamo", "transformers.models.auto.tokenization_auto"])     # once
 
     def start():
         process = context.Process(target=asru.main, args=(short.argv(tmp_path / "out", "--resume"),))
@@ -1559,8 +1559,9 @@ def test_a_signal_ends_the_step_and_saves(short, tmp_path, capfd, monkeypatch, n
 
 
 def test_a_second_signal_and_one_outside_stage_2_stop_at_once(short, tmp_path, capfd, monkeypatch):
-    for name, signals, call, status, kept in (("group_advantage", [signal.SIGTERM, signal.SIGINT], 3, 130, files_of(1, 2)),
-                                              ("redirect", [signal.SIGTERM], 1, 143, [])):
+    for name, signals, call, status, kept in (
+            ("group_advantage", [signal.SIGTERM, signal.SIGINT], 3, 130, files_of(1, 2)),
+            ("redirect", [signal.SIGTERM], 1, 143, [])):
         with monkeypatch.context() as patch:
             at_call(patch, call, lambda: [signal.raise_signal(number) for number in signals], name)
             code, line, _ = stopped(short, capfd, tmp_path / name)
@@ -1592,7 +1593,7 @@ def test_resume_takes_what_is_whole_and_refuses_what_differs(short, tmp_path, ca
 
 
 def test_what_goes_wrong_in_mid_run_is_one_line_and_leaves_the_last_checkpoint(short, tmp_path, capfd, monkeypatch):
-    """No room, a picture gone, a reward or loss that is no number; where that was mended, the run goes on to the same end."""
+    """No room, a picture gone, a reward or loss that is no number; once that is mended, the run goes on to the same end."""
     portrait = Path(next(s["image"] for s in load_samples(short.folder / "forget.json") if s.get("image")))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for name, act, words in (
@@ -1607,8 +1608,9 @@ def test_what_goes_wrong_in_mid_run_is_one_line_and_leaves_the_last_checkpoint(s
             at_call(patch, 3, act, name)
             status, line, _ = stopped(short, capfd, tmp_path / "out")
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        kept = files_of(4, 5) if not portrait.exists() else files_of(1, 2)          # it is the report that wants it again
-        assert status == 2 and all(word in line for word in [*words, "--resume"]) and saved(tmp_path / "out") == kept, line
+        kept = files_of(1, 2) if portrait.exists() else files_of(4, 5)      # it is the report that wants it again
+        assert status == 2 and all(word in line for word in [*words, "--resume"]), line
+        assert saved(tmp_path / "out") == kept
         shutil.copy(HERE / "data/images" / portrait.name, portrait)
     assert short(tmp_path / "out", "--resume") == short.whole
 
@@ -1618,8 +1620,9 @@ def test_no_memory_names_the_flag(short, tmp_path, capfd, monkeypatch):
     def cuda():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
 
-    for name, act, flag in (("group_advantage", lambda: torch.empty(2**55), ""), ("load_samples", lambda: bytearray(2**62), ""),
-                            ("response_logp", cuda, "; lower --microbatch"), ("respond", cuda, "; lower --eval-batch")):
+    for name, act, flag in (
+            ("group_advantage", lambda: torch.empty(2**55), ""), ("load_samples", lambda: bytearray(2**62), ""),
+            ("response_logp", cuda, "; lower --microbatch"), ("respond", cuda, "; lower --eval-batch")):
         with monkeypatch.context() as patch:
             at_call(patch, 1, act, name)
             status, line, _ = stopped(short, capfd, tmp_path / "out")
