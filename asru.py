@@ -39,8 +39,11 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partialmethod
 from pathlib import Path
@@ -48,14 +51,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (Prompts, answer_logp, answer_means, check_device, chunks, command, content_words, encode, evaluate, judge,
+from eval import (Prompts, answer_logp, answer_means, answer_totals, check_device, chunks, command, content_words, encode, evaluate, judge,
                   in_turn, load_samples, opened, pad_groups, prepare, print_answers, print_table, projections, report,
-                  respond, set_up_torch, split_sets, world)
-from model_qwen3vl import Processor, Qwen3VL, read_json, write_aside
+                  respond, set_signals, set_up_torch, split_sets, world)
+from model_qwen3vl import Processor, Qwen3VL, aside, read_json, write_aside
 from reward import REFUSAL, Reward, contains, forget_reward, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
@@ -113,6 +116,8 @@ class Config:
 
     max_new_tokens: int = opt(50, "longest answer, tokens", least=1)
     eval_batch: int = opt(64, "prompts per batch in evaluation", least=1)
+    checkpoint: int = opt(20, "stage 2: steps between two checkpoints, for --resume; 0: when stopped alone", least=0)
+    resume: bool = opt(False, "go on from the newest checkpoint under --out; settings and data must be the same")
     allow_outside: bool = opt(False, "pictures may lie outside the folder of the JSON file that names them")
     offline: bool = opt(False, "never ask the hub: a --model that is no directory must be downloaded already")
     device: str = opt(None, "cpu, cuda, cuda:1 ...; unset: CUDA where there is one")
@@ -337,7 +342,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
     stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
-    for step in bar:
+    for step in survive(bar, log, stream, resting, optimizer, schedule, trained, mean, generator):
         started = time.perf_counter()
         rows, twins = next(stream)
 
@@ -345,13 +350,13 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         tokens, keep = sample_groups(model, pool, rows, cfg, generator)
 
         # 2 Reward them.
-        texts = [[pool.samples[i].get("begun", "") + text for text in proc.decode(group)] for i, group in zip(rows, tokens)]
+        texts = [proc.decode(group, pool.samples[i].get("begun", "")) for i, group in zip(rows, tokens)]
         rewards, terms = reward(texts, [pool.samples[i] for i in rows], [roles[i] for i in rows], twins)
         rewards = torch.tensor(rewards, device=model.device)                # (Q, G)
 
         # 3 Compare within the group; a group of equal rewards says nothing and is left out.
         advantage = group_advantage(rewards)                                # (Q, G)
-        live = (rewards.amax(1) > rewards.amin(1)).nonzero()[:, 0].tolist()
+        live = (rewards.amax(1) != rewards.amin(1)).nonzero()[:, 0].tolist()
         resting.update(rows)
         resting.difference_update(rows[q] for q in live)
 
@@ -447,6 +452,8 @@ def k3(logp, logp_ref):
 
 def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm."""
+    if not advantage.isfinite().all():
+        raise FloatingPointError("a reward is no number, and no step was made")
     args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
     length = [len(pool.tokens[row]) + n for row, n in zip(rows, keep.sum((1, 2)).tolist())]     # of a prompt and all its responses
     minibatches = [(mini, sorted((q for q in mini if q in live), key=length.__getitem__))      # like lengths: less padding
@@ -473,9 +480,12 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
     figures = np.zeros(4)
     for mini, heard in minibatches:
         count = keep[mini].sum().item()     # of the whole minibatch, silent groups too: as fewer speak, steps get smaller
-        told = in_turn(learn, chunks(heard, cfg.microbatch))
+        loss, kl, clipped = np.sum(in_turn(learn, chunks(heard, cfg.microbatch)), axis=0)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}, no step was made; a lower learning rate is needed")
         add_up_gradients(trained)
-        figures += np.array([*np.sum(told, axis=0), optimizer_step(optimizer, trained, cfg.grad_norm)]) / len(minibatches)
+        norm = optimizer_step(optimizer, trained, cfg.grad_norm)
+        figures += np.array([loss, kl, clipped, norm]) / len(minibatches)
     return dict(zip(("loss", "kl", "clipped", "grad_norm"), figures.tolist()))
 
 
@@ -600,14 +610,14 @@ def step_report(texts, rewards, roles, terms, keep):
 
 # ------------------------------------------------------------------------------ other methods
 #
-#   l(x)         mean log p(token) over an answer's tokens, its end among them;  CE = - mean of l
+#   l(x)         mean log p(token) over an answer's tokens, its end among them;  CE = - mean of l;  s(x) their sum
 #   ga           - CE(D_f)
 #   ga_diff      - CE(D_f) + CE(D_r)
 #   kl_min       - CE(D_f) + mean over answer tokens of D_r of KL(p_0 || p)
-#   npo          - 2 / beta  mean over D_f of  log sigmoid(-beta (l - l_0))           ga's gradient as beta -> 0
+#   npo          - 2 / beta  mean over D_f of  log sigmoid(-beta (s - s_0))           ga's gradient as beta -> 0
 #   idk          CE(D_f answered by refusals) + CE(D_r)
 #   mmunlearner  ga_diff, on those weights alone that matter more to D_f than to D_r
-#   p_0, l_0: of the model before
+#   p_0, s_0: of the model before
 
 
 PRESETS = {     # what --method sets; a flag beats it
@@ -689,7 +699,8 @@ def baseline_loss(method, model, reference, proc, forget, retain, beta):
     if method == "kl_min":
         return -ce(forget) + kl_of_answers(model, reference, proc, retain)
     if method == "npo":
-        return npo_loss(told(model, forget) - told(reference, forget), beta)
+        total = lambda m: answer_totals(*answer_logp(m, proc, forget, range(len(forget))))[:, 0]             # (B,)
+        return npo_loss(total(model) - total(reference), beta)
     return ce(forget) + ce(retain) if method == "idk" else -ce(forget) + ce(retain)
 
 
@@ -1104,12 +1115,16 @@ MEMORISED = 4       # answers per step
 
 def checksum(model):
     """sha256 of all weights by sorted name, of each its name, dtype, shape and bytes: hexadecimal."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        for part in value.flatten().split(2**26):
-            digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
+    return digest(piece for name, value in sorted(model.state_dict().items())
+                  for piece in (f"{name} {value.dtype} {list(value.shape)}".encode(),
+                                *(part.view(torch.uint8).cpu().numpy() for part in value.reshape(-1).split(2**26))))
+
+
+def digest(pieces):
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
 
 
 def save_steer(edit, base, layer, cfg):
@@ -1154,6 +1169,159 @@ def add_up_gradients(trained):
         dist.all_reduce(p.grad)
 
 
+# ------------------------------------------------------------------------------ surviving
+#
+#   checkpoint/step-000120.safetensors  what the optimizer moves and keeps, the running mean, the sampler's state
+#   checkpoint/step-000120.json         all else, and the sum of both: it is written last, so that what has it is whole
+
+
+class Log(list):
+    """The lines of log.jsonl, each taken by a call; beside them what the run has measured, and its checkpoints.
+
+    With --resume all of it is as the newest whole checkpoint has it. Raises ValueError where other settings or other
+    data made that.
+    """
+    __call__ = list.append
+
+    def __init__(self, cfg, model, data, lines=()):
+        super().__init__(lines)
+        self.folder, self.every, self.origin = cfg.out / "checkpoint", cfg.checkpoint, origin_of(cfg, model, data)
+        if not cfg.resume and any(self.folder.glob("step-*.json")):
+            tell(f"{self.folder} is of a run that did not end; this one starts afresh (--resume goes on with that one)")
+        self.kept, self.state = newest_checkpoint(self.folder) if cfg.resume else ([], {})
+        self.known = self.state.get("known", {})        # stage: what `measure` found
+        there = self.state.get("origin", self.origin)
+        differ = [f"{name} was {there.get(name)} and is {self.origin.get(name)}" for name in {**there, **self.origin}
+                  if there.get(name) != self.origin.get(name)]
+        if differ:
+            raise ValueError(f"--resume: {self.folder} is of a run with other settings or data: {'; '.join(differ)}")
+
+    @contextmanager
+    def lifetime(self):
+        """What stops the run inside says how to go on; once the run is through, no checkpoint is left."""
+        try:
+            yield
+        except BaseException as error:
+            if self.kept:
+                error.add_note(f"{self.folder / self.kept[-1]} is kept; the same command with --resume goes on there")
+            raise
+        if not world()[0]:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self, state, tensors):
+        """Write a checkpoint; it and the one before stay."""
+        if world()[0]:
+            return
+        state = {**state, "origin": self.origin, "lines": self, "known": self.known}
+        path = self.folder / f"step-{state['step']:06}.json"
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with aside(path.with_suffix(".safetensors")) as part:
+            save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part)
+        write_aside(path, json.dumps({"sum": seal(path, state), "state": state}).encode(), mode=0o600)
+        self.kept = [*self.kept, path.stem][-2:]
+        for file in self.folder.iterdir():
+            if file.stem not in self.kept:
+                file.unlink()
+
+
+def survive(bar, log, stream, resting, optimizer, schedule, trained, mean, generator):
+    """Stage 2's steps, with a checkpoint now and then; steps that --resume finds done are drawn again and not taken.
+
+    Ctrl-C and SIGTERM wait for the end of the step and a checkpoint; a second one waits for nothing.
+    """
+    if not isinstance(log, Log):
+        yield from bar
+        return
+    done, woken = log.state.get("step", 0), log.state.get("woken", [])      # per step, who fell asleep or woke up
+    if done:
+        restore(log, optimizer, schedule, trained, mean, generator)
+    asked = []
+
+    def heed(number, frame):
+        set_signals(handlers)
+        asked.append(number)
+        os.write(2, b"\nasru.py: stopping after this step; a second time: at once\n")      # print may be at work itself
+
+    handlers = set_signals({signal.SIGINT: heed, signal.SIGTERM: heed})
+    for step in bar:
+        before = set(resting)
+        if step <= done:
+            next(stream)
+            resting.symmetric_difference_update(woken[step - 1])
+            continue
+        yield step
+        woken.append(sorted(before ^ resting))
+        if asked or log.every and (step % log.every == 0 or step == bar.total):
+            log.save({"step": step, "woken": woken, "lr": schedule.get_last_lr(), "schedule": schedule.state_dict()},
+                     state_tensors(optimizer, mean, generator))
+        if asked:
+            signal.raise_signal(asked[0])
+    set_signals(handlers)
+
+
+def state_tensors(optimizer, mean, generator):
+    """{"what place": tensor}: float32 weights, what the optimizer keeps of each, their mean; the generator's state."""
+    exact = optimizer.param_groups[0]["params"]
+    of_each = [{"weight": p, **optimizer.state[p], **({"mean": mean[i]} if mean else {})} for i, p in enumerate(exact)]
+    return {"generator 0": generator.get_state(),
+            **{f"{what} {i}": value for i, found in enumerate(of_each) for what, value in found.items()}}
+
+
+@torch.no_grad()
+def restore(log, optimizer, schedule, trained, mean, generator):
+    """Put all back where the checkpoint has it."""
+    exact = optimizer.param_groups[0]["params"]
+    for name, value in load_file(log.folder / f"{log.kept[0]}.safetensors").items():
+        what, i = name.split()[0], int(name.split()[1])
+        if what == "generator":
+            generator.set_state(value)
+        elif what in ("weight", "mean"):
+            for p in (exact[i], trained[i]) if what == "weight" else (mean[i],):
+                p.copy_(value)
+        else:
+            optimizer.state[exact[i]][what] = value.to(exact[i].device, copy=True)
+    schedule.load_state_dict(log.state["schedule"])
+    optimizer.param_groups[0]["lr"], = log.state["lr"]
+    log[:] = log.state["lines"]
+
+
+def newest_checkpoint(folder):
+    """([its name], its state) of the newest checkpoint that is whole; ([], {}) where there is none."""
+    for path in sorted(folder.glob("step-*.json"), reverse=True):
+        try:
+            found = read_json(path)
+            if found["sum"] == seal(path, found["state"]):
+                return [path.stem], found["state"]
+        except (ValueError, OSError, LookupError, TypeError):
+            pass
+        tell(f"{path.with_suffix('')} is damaged; the one before it is asked")
+    tell(f"{folder} has nothing to go on from; starting from the beginning")
+    return [], {}
+
+
+def seal(path, state):
+    """What both files of a checkpoint must agree on."""
+    return digest([np.memmap(path.with_suffix(".safetensors"), mode="r"), json.dumps(state).encode()])
+
+
+def origin_of(cfg, model, data):
+    """What a run's numbers follow from: settings, and checksums of weights, samples and pictures.
+
+    Not where it writes, nor what saves memory, which changes last bits at most and may have to be changed to go on.
+    """
+    free = ("out", "checkpoint", "microbatch", "recompute", "allow_outside")
+    settings = {name: value for name, value in settings_of(cfg).items() if name not in free}
+    pictures = sorted({s["image"] for samples in data.values() for s in samples if s.get("image")})
+    return {**settings, "device": model.device.type, "weights": checksum(model),
+            **{f"{name} samples": digest([json.dumps(samples).encode()]) for name, samples in data.items()},
+            "pictures": digest(Path(path).read_bytes() for path in pictures)}
+
+
+def tell(line):
+    if not world()[0]:
+        tqdm.write(f"asru.py: {line}", file=sys.stderr)
+
+
 # ------------------------------------------------------------------------------ around the method
 
 
@@ -1172,12 +1340,21 @@ def encode_all(model, proc, data, cfg=Config()):
     return {name: encode(model, proc, samples, pictures) for name, samples in data.items()}
 
 
-def get_ready(model, proc, data, cfg):
-    """What all runs of a model on the same data share: prompts, measure(stage), and what it finds before."""
+def get_ready(model, proc, data, cfg, known=None):
+    """What all runs of a model on the same data share: prompts, measure(stage), and what it finds before.
+
+    known: {stage: what measure found}, if it is to measure no stage twice.
+    """
     prompts = encode_all(model, proc, data, cfg)
     pictures = prompts["forget"].pictures
     exams = {name: prepare(model, proc, samples, pictures) for name, samples in split_sets(data).items()}
-    measure = lambda stage: evaluate_sets(model, proc, exams, cfg, stage)
+
+    def measure(stage):
+        found = (known or {}).get(stage) or evaluate_sets(model, proc, exams, cfg, stage)
+        if known is not None:
+            known[stage] = found
+        return found
+
     return prompts, measure, measure("before")
 
 
@@ -1211,7 +1388,7 @@ def load_data(cfg):
 
 
 def settings_of(cfg):
-    return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items()}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items() if name != "resume"}
 
 
 def write_results(model, proc, data, results, log_lines, cfg, seconds):
@@ -1265,6 +1442,8 @@ def suited(model):
     path = Path(model) / "asru.json"
     values = read_json(path) if path.exists() else {}
     methods, kinds = values.pop("methods", {}), {f.name: f.type for f in fields(Config)}
+    if not isinstance(methods, dict) or not all(isinstance(part, dict) for part in methods.values()):
+        raise ValueError(f"{path}: 'methods' is to be {{method: {{setting: number}}}}")
     for name, value in [pair for part in (values, *methods.values()) for pair in part.items()]:
         kind = kinds.get(name)
         if kind not in (int, float, bool) or type(value) not in ((int, float) if kind is float else (kind,)):
@@ -1273,10 +1452,13 @@ def suited(model):
 
 
 def check_machine(cfg):
-    """The device exists, and --out is or can become a directory."""
+    """The device exists, and --out is or can become a directory that can be written to."""
     check_device(cfg.device)
     if cfg.out.exists() and not cfg.out.is_dir():
         raise ValueError(f"--out {cfg.out}: a file is in the way; a directory is needed")
+    place = next(folder for folder in (cfg.out, *cfg.out.absolute().parents) if folder.exists())
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--out {cfg.out}: {place} may not be written to")
 
 
 def check_config(cfg):
@@ -1315,11 +1497,13 @@ def run(argv):
     if cfg.sweep or cfg.compare:
         task = compare if cfg.compare else sweep_rates if cfg.method in BASELINES else sweep
         return task(model, proc, data, cfg)
-    results = unlearn(model, proc, data, cfg, lines.append)
-    seconds = time.perf_counter() - started
-    if world()[0]:
-        return {}
-    metrics = write_results(model, proc, data, results, lines, cfg, seconds)
+    log = Log(cfg, model, data, lines)
+    with log.lifetime():
+        results = unlearn(model, proc, data, cfg, log, get_ready(model, proc, data, cfg, log.known))
+        seconds = time.perf_counter() - started
+        if world()[0]:
+            return {}
+        metrics = write_results(model, proc, data, results, log, cfg, seconds)
     print_table(metrics)
     print_answers(split_sets(data), results)
     print(f"{seconds:.0f} s; everything is in {cfg.out}/")
@@ -1328,7 +1512,13 @@ def run(argv):
 
 def main(argv=None):
     """The command: returns what goes to metrics.json. Wrong input: one line on stderr, exit status 2."""
-    return command("asru.py", run, argv)
+    return command("asru.py", run, argv, LOWER)
+
+
+LOWER = {       # where memory runs out: what helps there
+    "sample_groups": "--prompts, --group or --max-new-tokens", "update": "--microbatch, or add --recompute",
+    "respond": "--eval-batch or --max-new-tokens", "saliency_masks": "--microbatch", "descend": "--baseline-batch",
+    "evaluate_sets": "--eval-batch", "asru": "--eval-batch"}
 
 
 if __name__ == "__main__":

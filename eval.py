@@ -51,9 +51,12 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import sys
+import threading
 import time
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -301,8 +304,12 @@ def answer_logp(model, proc, prompts, rows, answers=None):
 
 def answer_means(logp, keep):
     """Mean per answer: (kept,) and keep (B, G, C) -> (B, G); 0 where a group has no such member."""
-    total = torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp)
-    return total.sum(-1) / keep.sum(-1).clamp_min(1)
+    return answer_totals(logp, keep) / keep.sum(-1).clamp_min(1)
+
+
+def answer_totals(logp, keep):
+    """Sum per answer: (kept,) and keep (B, G, C) -> (B, G)."""
+    return torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp).sum(-1)
 
 
 def pad_groups(groups, device):
@@ -967,7 +974,7 @@ def mark(name, sample, response):
 
 def picture(path):
     """A picture as a data: URI: a small PNG as it is, all else as a JPEG thumbnail."""
-    data, image, kind = Path(path).read_bytes(), open_image(path), "png"
+    image, data, kind = open_image(path), Path(path).read_bytes(), "png"
     if not data.startswith(b"\x89PNG") or len(data) > 2**15 or max(image.size) > 256:
         image.thumbnail((256, 256))
         image.save(small := io.BytesIO(), "JPEG", quality=85)
@@ -1200,21 +1207,48 @@ def set_up_torch():
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def command(name, run, argv):
-    """Run a command: wrong input is one line on stderr and exit status 2."""
+def command(name, run, argv, lower={}):
+    """Run a command: what stops it is one line on stderr, and exit status 2; 130 for Ctrl-C, 143 for SIGTERM.
+
+    lower: {function: flags}, what to lower where memory runs out inside that function; the first that fits is named.
+    """
+    def stop(number, frame):
+        raise KeyboardInterrupt(128 + number)
+
+    handlers = set_signals({signal.SIGINT: stop, signal.SIGTERM: stop})
     try:
         return run(argv)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{name}: {first_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        told = in_one_line(error, lower)
+        if told is None:
+            raise
+        tqdm.write(f"{name}: " + "; ".join([told, *getattr(error, "__notes__", [])]), file=sys.stderr)     # past any bar
+        raise SystemExit((error.args or (130,))[0] if isinstance(error, KeyboardInterrupt) else 2) from None
+    finally:
+        set_signals(handlers)
+
+
+def set_signals(handlers):
+    """{signal: what it does from now on} -> what it did so far. Threads other than the main one have no say."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+
+def in_one_line(error, lower):
+    """What stopped a command; None for what should not have happened and needs its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; no file is half written"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        inside = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        advice = [f"; lower {flags}" for function, flags in lower.items() if function in inside][:1]
+        return "".join([f"out of memory: {first_line(error)}", *advice])
+    return first_line(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
 
 def main(argv=None):
     """The command: returns what goes to --out."""
-    return command("eval.py", run, argv)
+    return command("eval.py", run, argv, {"respond": "--max-new-tokens"})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -457,9 +458,8 @@ class Qwen3VL(nn.Module):
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         if self.cfg.tie_word_embeddings:
             del state["lm_head.weight"]  # the same tensor as the embedding; transformers leaves it out too
-        aside = directory / ".model.safetensors.part"
-        save_file(state, aside, metadata={"format": "pt"})
-        os.replace(aside, directory / "model.safetensors")
+        with aside(directory / "model.safetensors") as part:
+            save_file(state, part, metadata={"format": "pt"})
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         write_aside(directory / "config.json", json.dumps({**self.cfg.raw, "dtype": dtype}, indent=2).encode())
         ends = {**self.cfg.generation, "eos_token_id": list(self.cfg.eos_token_ids), "pad_token_id": self.cfg.pad_token_id}
@@ -967,9 +967,9 @@ class Processor:
         x = np.repeat(x.reshape(h * w, 3, 1, p, p), self.temporal, axis=2)   # a still picture, repeated
         return torch.from_numpy(x.reshape(h * w, -1)), (1, h, w)
 
-    def decode(self, tokens):
-        """(n, T) token ids -> n texts without special tokens."""
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    def decode(self, tokens, begun=""):
+        """(n, T) token ids -> n texts without special tokens. begun: what stands before them."""
+        return [(begun + text).strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, offline=False):
@@ -1169,14 +1169,35 @@ def read_text(path):
 
 
 def write_aside(path, data, mode=0o666):
-    """Write bytes under another name and rename: a reader sees the whole file or none. mode: as `os.open` has it."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.unlink(missing_ok=True)       # one left behind would keep its own mode
-    with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(aside, path)
+    """Write bytes so that a reader sees the whole file or none. mode: as `os.open` has it."""
+    with aside(path, mode) as part:
+        part.write_bytes(data)
+
+
+@contextmanager
+def aside(path, mode=0o666):
+    """Another name to write a file under; then it is synced and renamed or, whatever went wrong, removed.
+
+    Raises OSError that names the file where there is no room or no permission.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)        # one left behind would keep its own mode
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_WRONLY, mode))
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)               # the new name too is on the disk
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written ({first_line(error)})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path):
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 
 
 def first_line(error):

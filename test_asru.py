@@ -8,6 +8,8 @@ import hashlib
 import importlib
 import io
 import json
+import math
+import multiprocessing
 import os
 import random
 import re
@@ -17,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import unicodedata
 import zlib
 from collections import Counter
@@ -43,7 +46,7 @@ from reward import Reward, contains, forget_reward, is_refusal, retain_reward, r
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE / "data/tiny-qwen3vl"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 # ------------------------------------------------------------------------------ the network against transformers
 
@@ -1669,7 +1672,8 @@ def test_baseline_losses_by_the_plain_way(tiny):
         told_f, told_r, old = mean_logp(model, f), mean_logp(model, r), mean_logp(reference, f)
         kl = torch.cat([(q.exp() * (q - plain_logp(model, proc, r, i, s["answer"])[0]).nan_to_num(0)).sum(1)
                         for i, s in enumerate(r.samples) for q in [plain_logp(reference, proc, r, i, s["answer"])[0]]]).mean()
-        odds = (told_f - old).exp()**0.4                                    # -2/b log sigmoid(-b log x) = 2/b log(1 + x^b)
+        length = torch.tensor([len(plain_logp(model, proc, f, i, s["answer"])[1]) for i, s in enumerate(f.samples)])
+        odds = ((told_f - old) * length).exp()**0.4                         # -2/b log sigmoid(-b log x) = 2/b log(1 + x^b)
         for method, want in (("ga", told_f.mean()), ("ga_diff", told_f.mean() - told_r.mean()), ("kl_min", told_f.mean() + kl),
                              ("npo", (1 + odds).log().mean() * 2 / 0.4), ("idk", -told_f.mean() - told_r.mean()),
                              ("mmunlearner", told_f.mean() - told_r.mean())):
@@ -2022,3 +2026,197 @@ def test_eval_s_command(tmp_path, capsys):
             eval.main(["--data", str(tmp_path)] + bad)
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and err.startswith("eval.py: ") and word in err
+
+
+# ------------------------------------------------------------------------------ surviving
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """short(out, *flags): what a run of five steps leaves, see `outcome`; short.whole: what it does undisturbed."""
+    folder, threads = tmp_path_factory.mktemp("short"), torch.get_num_threads()
+    torch.set_num_threads(1)        # two would spend their time waiting for each other
+    forget = small_data(folder, thin=12)
+    (folder / "images").unlink()
+    shutil.copytree(HERE / "data/images", folder / "images")
+
+    def run(out, *flags):
+        asru.main(run.argv(out, *flags))
+        return outcome(out)
+
+    run.argv = lambda out, *flags: [str(a) for a in (
+        "--forget", forget, "--out", out, "--steps", 5, "--prompts", 6, "--minibatch", 4, "--group", 4, "--max-new-tokens", 8,
+        "--checkpoint", 1, *flags)]
+    run.folder, run.whole = folder, run(folder / "whole")
+    yield run
+    torch.set_num_threads(threads)
+
+
+def outcome(out):
+    """What a run leaves, times and its folder's name aside; nothing else may be there."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for found in (metrics, metrics["config"], *log):
+        [found.pop(name, None) for name in ("seconds", "tokens_per_s", "out", "checkpoint")]
+    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "log.jsonl", "samples.jsonl", "report.html"}
+    assert not list(out.rglob("*.part"))
+    return metrics, log, (out / "samples.jsonl").read_bytes(), (out / "model/model.safetensors").read_bytes()
+
+
+def stopped(short, capfd, *argv):
+    """A run that does not end: its exit status, last line, and all that it said on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        asru.main(short.argv(*argv))
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    return stop.value.code, [line for line in err.splitlines() if line.startswith("asru.py: ")][-1], err
+
+
+def at_call(monkeypatch, number, act, name="group_advantage"):
+    """Call `act` when a function of asru's, by default one that each step calls, is called for the number-th time."""
+    plain, calls = getattr(asru, name), []
+
+    def acting(*args):
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return plain(*args)
+
+    monkeypatch.setattr(asru, name, acting)
+
+
+def saved(out):
+    return sorted(path.name for path in (out / "checkpoint").glob("*"))
+
+
+def files_of(*steps):
+    return [f"step-{step:06}.{kind}" for step in steps for kind in ("json", "safetensors")]
+
+
+def test_killed_at_twenty_random_moments(short, tmp_path, monkeypatch):
+    """SIGKILL while loading, evaluating, stepping, writing: who goes on each time ends where nobody was killed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context, rng, moments = multiprocessing.get_context("forkserver"), random.Random(0), []
+    context.set_forkserver_preload(["asru", "torch._dynamo", "transformers.models.auto.tokenization_auto"])     # once
+
+    def start():
+        process = context.Process(target=asru.main, args=(short.argv(tmp_path / "out", "--resume"),))
+        process.start()
+        return process
+
+    for _ in range(2):
+        began = time.perf_counter()
+        start().join()
+        length = time.perf_counter() - began
+        assert outcome(tmp_path / "out") == short.whole
+    assert any(line.get("live_groups") for line in short.whole[1])                  # it did learn something
+    while True:
+        process = start()
+        process.join(rng.uniform(0, 0.5 * length) if len(moments) < 20 else None)       # who goes on needs less
+        if process.exitcode is None:
+            process.kill()
+            moments.append(saved(tmp_path / "out"))
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            assert outcome(tmp_path / "out") == short.whole
+            if len(moments) == 20:
+                break
+    assert len(set(map(str, moments))) > 3              # in many places
+
+
+@pytest.mark.parametrize("number, every", [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_ends_the_step_and_saves(short, tmp_path, capfd, monkeypatch, number, every):
+    """The line says --resume, the status which signal it was; what memory needs may change; the end is the same."""
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_call(patch, 3, lambda: signal.raise_signal(number))
+        status, line, _ = stopped(short, capfd, tmp_path / "out", "--checkpoint", every)
+    assert status == 128 + number and "step-000003" in line and "--resume" in line
+    assert saved(tmp_path / "out") == files_of(*[2] * (every == 2), 3) and signal.getsignal(number) is handler
+    private = [tmp_path / "out/checkpoint", tmp_path / "out/checkpoint/step-000003.json"]
+    assert [path.stat().st_mode & 0o077 for path in private] == [0, 0]
+    assert short(tmp_path / "out", "--resume", "--checkpoint", 4) == short.whole
+
+
+def test_a_second_signal_and_one_outside_stage_2_stop_at_once(short, tmp_path, capfd, monkeypatch):
+    for name, signals, call, status, kept in (
+            ("group_advantage", [signal.SIGTERM, signal.SIGINT], 3, 130, files_of(1, 2)),
+            ("redirect", [signal.SIGTERM], 1, 143, [])):
+        with monkeypatch.context() as patch:
+            at_call(patch, call, lambda: [signal.raise_signal(number) for number in signals], name)
+            code, line, _ = stopped(short, capfd, tmp_path / name)
+        assert code == status and "interrupted" in line and saved(tmp_path / name) == kept
+        assert ("--resume" in line) == (tmp_path / name).exists() == bool(kept)
+
+
+def test_resume_takes_what_is_whole_and_refuses_what_differs(short, tmp_path, capfd, monkeypatch):
+    """No checkpoint, an old one that nobody asked for, one of other settings or data, a damaged one."""
+    out, retain = tmp_path / "out", short.folder / "retain.json"
+    for call, flags, words, kept in ((4, ["--seed", 1, "--resume"], "has nothing to go on from", (3, 4)),
+                                     (3, [], "starts afresh", (2, 3))):
+        with monkeypatch.context() as patch:
+            at_call(patch, call, lambda: signal.raise_signal(signal.SIGTERM))
+            assert words in stopped(short, capfd, out, *flags)[2] and saved(out) == files_of(*kept)
+    line = stopped(short, capfd, out, "--resume", "--lr", 0.5, "--seed", 7)[1]
+    assert line.endswith("other settings or data: seed was 0 and is 7; lr was 0.00024 and is 0.5")
+    text = retain.read_text()
+    retain.write_text(text.replace("Which", "What"))
+    assert "data: retain samples was" in stopped(short, capfd, out, "--resume")[1]
+    retain.write_text(text)
+    newest, other = out / "checkpoint/step-000003.json", out / "checkpoint/step-000002.safetensors"
+    whole = other.read_bytes()
+    newest.write_text(newest.read_text().replace('"step": 3', '"step": 4'))
+    other.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert asru.newest_checkpoint(out / "checkpoint") == ([], {})
+    other.write_bytes(whole)
+    assert short(out, "--resume") == short.whole and "step-000003 is damaged" in capfd.readouterr().err
+
+
+def test_what_goes_wrong_in_mid_run_is_one_line_and_leaves_the_last_checkpoint(short, tmp_path, capfd, monkeypatch):
+    """No room, a picture gone, a reward or loss that is no number; once that is mended, the run goes on to the same end."""
+    portrait = Path(next(s["image"] for s in load_samples(short.folder / "forget.json") if s.get("image")))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, act, words in (
+            ("step_report", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1])),
+             ["step-000003.safetensors", "large"]),
+            ("step_report", portrait.unlink, [str(portrait), "no such picture"]),
+            ("sample_groups", lambda: patch.setattr(Reward, "__call__", lambda *_: ([[math.nan] * 4] * 6, {})),
+             ["stage 2, step 3: a reward is no number", "prompts p"]),
+            ("sample_groups", lambda: patch.setattr(asru, "k3", lambda p, q: p / 0),
+             ["stage 2, step 3: the loss is", "prompts p"])):
+        with monkeypatch.context() as patch:
+            at_call(patch, 3, act, name)
+            status, line, _ = stopped(short, capfd, tmp_path / "out")
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        kept = files_of(1, 2) if portrait.exists() else files_of(4, 5)      # it is the report that wants it again
+        assert status == 2 and all(word in line for word in [*words, "--resume"]), line
+        assert saved(tmp_path / "out") == kept
+        shutil.copy(HERE / "data/images" / portrait.name, portrait)
+    assert short(tmp_path / "out", "--resume") == short.whole
+
+
+def test_no_memory_names_the_flag(short, tmp_path, capfd, monkeypatch):
+    """The CPU's own error and Python's, and CUDA's, wherever they come from."""
+    def cuda():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    for name, act, flag in (
+            ("group_advantage", lambda: torch.empty(2**55), ""), ("load_samples", lambda: bytearray(2**62), ""),
+            ("response_logp", cuda, "; lower --microbatch"), ("respond", cuda, "; lower --eval-batch")):
+        with monkeypatch.context() as patch:
+            at_call(patch, 1, act, name)
+            status, line, _ = stopped(short, capfd, tmp_path / "out")
+        assert status == 2 and line.startswith("asru.py: out of memory: ") and flag in line and "More" not in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_named(short, tmp_path, capfd):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert stopped(short, capfd, tmp_path / "locked/out")[1].endswith(f"{tmp_path / 'locked'} may not be written to")
+
+
+@pytest.mark.parametrize("method", ["asru", *asru.BASELINES])
+def test_the_same_seed_gives_the_same_bytes(short, tmp_path, method):
+    runs = [short(tmp_path / name, "--method", method, "--baseline-epochs", 1, "--baseline-lr", 1e-3) for name in "ab"]
+    assert runs[0] == runs[1]
