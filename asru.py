@@ -55,9 +55,9 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (Prompts, answer_logp, answer_means, answer_totals, check_device, chunks, command, content_words, encode, evaluate, judge,
-                  in_turn, load_samples, opened, pad_groups, prepare, print_answers, print_table, projections, report,
-                  respond, set_signals, set_up_torch, split_sets, world)
+from eval import (Prompts, answer_logp, answer_means, answer_totals, check_device, chunks, command, content_words,
+                  encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare, print_answers,
+                  print_table, projections, report, respond, set_signals, set_up_torch, split_sets, world)
 from model_qwen3vl import Processor, Qwen3VL, aside, read_json, write_aside
 from reward import REFUSAL, Reward, contains, forget_reward, is_refusal, normalize, rouge_l
 
@@ -148,7 +148,7 @@ class Config:
     compare: bool = opt(False, "run every method over several seeds, print the table, write compare.json alone")
     seeds: int = opt(5, "compare: number of seeds, from --seed on", least=1)
     sweep: bool = opt(False, "print what stage 1 does at every layer and several lambda or, with a baseline's --method, "
-                      "what that does at several learning rates; nothing is written")
+                             "what that does at several learning rates; nothing is written")
 
 
 def asru(model, proc, data, cfg, log, shared=None):
@@ -423,7 +423,8 @@ def sample_groups(model, pool, rows, cfg, generator):
 
     def sample(part):
         batch = pool.batch([rows[q] for q in part], model.device)
-        return model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p, chance=chance[part]).tolist()
+        return model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p,
+                              chance=chance[part]).tolist()
 
     said = [row for part in in_turn(sample, chunks(range(len(rows)), -(-len(rows) // world()[1]))) for row in part]
     longest = max(map(len, said))
@@ -455,8 +456,8 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
     if not advantage.isfinite().all():
         raise FloatingPointError("a reward is no number, and no step was made")
     args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
-    length = [len(pool.tokens[row]) + n for row, n in zip(rows, keep.sum((1, 2)).tolist())]     # of a prompt and all its responses
-    minibatches = [(mini, sorted((q for q in mini if q in live), key=length.__getitem__))      # like lengths: less padding
+    length = [len(pool.tokens[row]) + n for row, n in zip(rows, keep.sum((1, 2)).tolist())]     # prompt and responses
+    minibatches = [(mini, sorted((q for q in mini if q in live), key=length.__getitem__))   # like lengths: less padding
                    for mini in chunks(range(len(rows)), cfg.minibatch)]
     minibatches = [(mini, heard) for mini, heard in minibatches if heard]
     old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
@@ -801,6 +802,7 @@ ROWS = [        # (name, what differs from the settings given): add a line for a
     ("paper's reward", dict(paper_table=True)),
     ("no consistency", dict(consistency=0.0)),
     ("no rigidity", dict(rigidity=0.0)),
+    ("no begun answers", dict(begun=0.0)),
     ("random boundary", dict(random_boundary=True)),
     *((f"{name}, {stop}", dict(method=name, stop=stop)) for stop in ("utility", "forgetting") for name in BASELINES)]
 
@@ -818,6 +820,8 @@ def compare(model, proc, data, cfg):
     report = {"config": settings_of(cfg), "rows": rows, "ratios": {
         "effectiveness": over("effectiveness", "utility"), "context": over("context", "utility"),
         "context at equal forgetting": over("context", "forgetting")}}
+    if world()[0]:
+        return report
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_aside(cfg.out / "compare.json", json.dumps(report, indent=1).encode())
     print("\n".join(comparison_table(rows)))
@@ -831,21 +835,29 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
 
     ideal: folder of a model that never knew the forget set; where there is one it is the first row.
     """
-    shared, sets, runs, done = get_ready(model, proc, data, cfg), split_sets(data), {}, {}
+    shared, sets, runs = get_ready(model, proc, data, cfg), split_sets(data), {}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     before = people_means(sets, shared[2])
     if ideal and ideal.is_dir():
         other = Qwen3VL.from_pretrained(ideal, device=cfg.device), Processor.from_pretrained(ideal)
         runs["retrained"] = [(people_means(sets, get_ready(*other, data, cfg)[2]), 0.0)]
-    plan = [(*row, cfg.seed + i) for row in rows for i in range(cfg.seeds)]
-    for name, changes, seed in tqdm(plan, desc="compare", unit="run", dynamic_ncols=True):
-        row = replace(cfg, **{**preset(cfg.model, changes.get("method")), **changes, "seed": seed})
-        if row not in done:                         # a variant may be what the settings are anyway
-            started = time.perf_counter()
-            model.load_state_dict(start)
-            torch.manual_seed(seed)
-            after = unlearn(model, proc, data, row, lambda line: None, shared)["after"]
-            done[row] = people_means(sets, after), time.perf_counter() - started
+    plan = [(name, replace(cfg, **{**preset(cfg.model, changes.get("method")), **changes, "seed": cfg.seed + i}))
+            for name, changes in rows for i in range(cfg.seeds)]
+    different = list(dict.fromkeys(row for _, row in plan))         # a variant may be what the settings are anyway
+    bar = tqdm(desc="compare", unit="run", total=len(different), dynamic_ncols=True)
+
+    def finish(row):
+        started = time.perf_counter()
+        model.load_state_dict(start)
+        torch.manual_seed(row.seed)
+        after = unlearn(model, proc, data, row, lambda line: None, shared)["after"]
+        bar.update(workers)
+        return people_means(sets, after), time.perf_counter() - started
+
+    workers = world()[1]
+    done = dict(zip(different, in_turn(finish, different)))
+    bar.close()
+    for name, row in plan:
         runs.setdefault(name, []).append(done[row])
     return {name: summary(found, before) for name, found in runs.items()}
 
@@ -1142,8 +1154,9 @@ def save_steer(edit, base, layer, cfg):
 # ------------------------------------------------------------------------------ several processes
 #
 #   torchrun --nproc_per_node N asru.py ...    Each process has the whole model and draws the same prompts. What `in_turn`
-#   does is shared out: a step's rollouts, the microbatches of an update, the answers of an evaluation. Stage 1, rewards and
-#   what the other methods do are the same everywhere, so that all models stay alike without being sent around.
+#   does is shared out: a step's rollouts, the microbatches of an update, the answers of an evaluation, the runs of a
+#   comparison. Stage 1, rewards and what the other methods do are the same everywhere, so that all models stay alike
+#   without being sent around.
 
 
 def join_processes(cfg):

@@ -1032,18 +1032,23 @@ def chunks(items, size):
 
 def world():
     """(number of this process, how many there are): torchrun starts several, which work on one thing together."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not SHARED else (0, 1)
 
 
 def in_turn(work, parts):
     """[work(part) for part in parts]; of n processes each does every n-th part and is told the others' results."""
     parts, (rank, n) = list(parts), world()
-    mine = [work(part) for part in parts[rank::n]]
     if n == 1:
-        return mine
+        return [work(part) for part in parts]
+    SHARED.append(True)                 # what is shared out is not shared out again
+    mine = [work(part) for part in parts[rank::n]]
+    SHARED.pop()
     told = [None] * n
     dist.all_gather_object(told, mine)
     return [told[i % n][i // n] for i in range(len(parts))]
+
+
+SHARED = []
 
 
 def mean(values):
