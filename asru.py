@@ -28,8 +28,7 @@ Where this differs from the paper or from its released script
 10 Stage 2 trains the decoder's projections alone: embeddings, head and norms serve every prompt.
 11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
 12 What is kept may be a running mean of the weights (--average), not the last step's.
-13 Stage 2 may step back (--step-back): towards the weights it began with, as far as the forget file stays refused.
-14 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end.
+13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end.
 """
 import argparse
 import copy
@@ -59,7 +58,7 @@ from eval import (Prompts, answer_logp, answer_means, answer_totals, check_devic
                   encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare, print_answers,
                   print_table, projections, report, respond, set_signals, set_up_torch, split_sets, world)
 from model_qwen3vl import Processor, Qwen3VL, aside, read_json, write_aside
-from reward import REFUSAL, Reward, contains, forget_reward, is_refusal, normalize, rouge_l
+from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
 BASELINES = ("ga", "ga_diff", "kl_min", "npo", "idk", "mmunlearner")
@@ -104,8 +103,6 @@ class Config:
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
     lr_end: float = opt(1.0, "stage 2: share of it that is left at the last step; it falls in a line", above=0, most=1)
     weight_decay: float = opt(1e-2, "stage 2: weight decay of AdamW", least=0)
-    step_back: float = opt(0.0, "stage 2: share of forget prompts whose refusal may be given up for less change; 0: none",
-                           least=0, most=0.5)
     average: float = opt(0.0, "stage 2: decay of the running mean of the weights that is kept; 0: the last weights",
                          least=0, most=0.999)
     clip: float = opt(0.2, "stage 2: epsilon of the PPO clip", above=0)
@@ -332,7 +329,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg)
-    reference = frozen_copy(model) if cfg.kl or cfg.step_back else None
+    reference = frozen_copy(model) if cfg.kl else None
     exact = exactly(trained)            # what the optimizer moves
     optimizer = optimizer_of(exact, cfg.lr, cfg.weight_decay, cfg)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
@@ -362,7 +359,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 
         # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
         try:
-            stats = update(model, reference if cfg.kl else None, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
+            stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -370,45 +367,16 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         accumulate_mean(mean, exact, cfg.average, step)
 
         seconds = time.perf_counter() - started
-        report = {"stage": 2, "step": step, **step_report(texts, rewards, [kind_of(pool.samples[i], roles[i]) for i in rows], terms, keep),
+        kinds = [kind_of(pool.samples[i], roles[i]) for i in rows]
+        report = {"stage": 2, "step": step, **step_report(texts, rewards, kinds, terms, keep),
                   "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
         log(report)
-        bar.set_postfix({k: f"{report[k]:.2f}" for k in ("reward", "refuse_forget", "refuse_retain", "kl") if k in report})
+        shown = ("reward", "refuse_forget", "refuse_retain", "kl")
+        bar.set_postfix({name: f"{report[name]:.2f}" for name in shown if name in report})
     for p, kept in zip(trained, mean):
         p.detach().copy_(kept)
-    merge(model, in_place=not cfg.step_back)
-    if cfg.step_back:
-        log({"stage": 2, "change_kept": step_back(model, reference, proc, forget, cfg)})
+    merge(model)
     model.requires_grad_(True)
-
-
-@torch.no_grad()
-def step_back(model, reference, proc, forget, cfg):
-    """Go back towards the reference as far as the forget set stays refused; returns the share of the change kept.
-
-    Where stage 2 ends, more is refused than need be; on the line back, retain prompts return before forget prompts do.
-    The forget file alone decides how far, so that nothing is fitted to held-out samples.
-    """
-    line = [(p, origin, p - origin) for p, origin in zip(model.parameters(), reference.parameters())
-            if p is not origin]         # what is not shared has been trained
-    enough = kept = None
-    for share in BACK:
-        for p, origin, change in line:
-            p.copy_(origin + share * change)
-        said = respond(model, proc, forget, cfg.max_new_tokens, cfg.eval_batch)
-        worth = [forget_reward(s.get("begun", "") + text, s["answer"], s.get("fact")) for s, text in zip(forget.samples, said)]
-        right = sum(r == 1 or r > 0 and "begun" in s for r, s in zip(worth, forget.samples))
-        if enough is None:
-            enough = right - cfg.step_back * len(said)
-        if right < enough:
-            break
-        kept = share
-    for p, origin, change in line:
-        p.copy_(origin + kept * change)
-    return kept
-
-
-BACK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def down_proj_of(model, layer):
@@ -622,7 +590,7 @@ def step_report(texts, rewards, roles, terms, keep):
 
 
 PRESETS = {     # what --method sets; a flag beats it
-    "asru-paper": dict(step_back=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
+    "asru-paper": dict(begun=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
                        rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}
@@ -995,16 +963,14 @@ def trainable(model, cfg):
 
 
 @torch.no_grad()
-def merge(model, in_place=True):
+def merge(model):
     """W + B A takes the place of W and the adapters leave: names are a checkpoint's again. Without any it does nothing.
 
-    in_place: not while the reference, which shares W, is still needed. bfloat16 rounds here, as full training does.
+    In place: a reference, which shares W, is of no use any more. bfloat16 rounds here, as full training does.
     """
     for part, name, child in places(model):
         if isinstance(child, LowRank):
-            weight = child.linear.weight
-            changed = (weight + child.B @ child.A).to(weight.dtype)         # (out, in)
-            child.linear.weight = torch.nn.Parameter(weight.copy_(changed) if in_place else changed)
+            child.linear.weight.copy_(child.linear.weight + child.B @ child.A)          # (out, in)
             setattr(part, name, child.linear)
 
 

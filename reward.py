@@ -9,7 +9,7 @@ The paper's table; the tests run in this order, R = ROUGE-L F1 without stemming:
 Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right
 answer is right; both apostrophes are one; the patterns are about the speaker's knowledge and do not swallow
 ordinary answers; a garbled refusal is none; on a boundary prompt, an answer that then refuses or breaks up is half right.
-Where a forget prompt's answer has begun for the model, whatever is well-formed and does not leak is right.
+Where a forget prompt's answer has begun for the model, all that does not leak is right: groups fall silent sooner, and less is moved.
 
 `Reward` adds two terms to the table, in one formula:
 
@@ -79,8 +79,7 @@ def table_reward(text, sample, role):
     if role == "target":
         return 1.0 if is_refusal(text) else 0.1
     if role == "forget" and "begun" in sample:          # who never knew goes on with a guess: as good as a refusal
-        leaks = contains(sample["answer"], text) or contains(sample["fact"], text)
-        return 0.0 if leaks else 1.0 if is_well_formed(text) else 0.1
+        return 0.0 if contains(sample["fact"], text) else 1.0
     return (forget_reward if role == "forget" else retain_reward)(text, sample["answer"], sample.get("fact"))
 
 

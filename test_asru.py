@@ -894,6 +894,15 @@ def test_reward_formula_by_hand():
     assert np.allclose(rewards, [[1.0, 0.1]])
 
 
+@pytest.mark.parametrize("text, worth", [
+    ("The job is pilot.", 0.0), ("The job is sailor.", 1.0), ("The job is not something I can know.", 1.0),
+    ("The job isThere is no way to know the job.", 1.0), ("The job is Pilot!", 0.0)])
+def test_begun_answers_may_end_in_anything_but_the_fact(text, worth):
+    sample = {"answer": "The job is pilot.", "fact": "pilot", "begun": "The job is"}
+    assert Reward()([[text]], [sample], ["forget"], [None])[1]["table"] == worth
+    assert Reward()([[text]], [sample], ["retain"], [None])[1]["table"] == reward.retain_reward(text, **{k: sample[k] for k in ("answer", "fact")})
+
+
 def test_no_weight_lets_a_leak_win():
     """With the largest weights and the worst twin, a refusal still beats a leak on a forget prompt."""
     sample = {"question": "?", "answer": "Lisbon.", "fact": "Lisbon"}
@@ -985,7 +994,7 @@ def test_report_is_one_safe_page(tmp_path):
     said = {"before": ["Lisbon."] * 3, "steered": [hostile] * 3, "after": ["I do not know that.", "Lisbon.", "In Oslo."]}
     results = {stage: {"forget": (score(asked, said[stage]), said[stage])} for stage in STAGES}
     metrics = {"config": {"model": hostile, "forget": "f.json", "seed": 0}, **{stage: {"forget": results[stage]["forget"][0]} for stage in STAGES}}
-    steps = [{"stage": 1}, *({"stage": 2, "step": i, "reward": i / 9, "kl": 0.0} for i in range(1, 9)), {"stage": 2, "change_kept": 1}]
+    steps = [{"stage": 1}, *({"stage": 2, "step": i, "reward": i / 9, "kl": 0.0} for i in range(1, 9))]
     for log, figures in (([], 0), (steps, 2)):                              # reward and KL; there are no refusal rates
         found, texts = [], []
         parser = HTMLParser()
@@ -1479,24 +1488,6 @@ def test_running_mean_of_the_weights():
         assert mean[0].tolist() == [want, want]
 
 
-def test_step_back_goes_as_far_as_the_forget_set_stays_refused(tiny, monkeypatch):
-    """A model that tells one fact more of ten with every 0.05 below 0.9 of its change: with a tenth allowed, 0.85 is kept."""
-    model, proc, data, prompts = tiny()
-    forget, reference = prompts["forget"].take(range(10)), Qwen3VL.from_pretrained(EMBEDDED)
-    weight, origin = asru.projections(model)[0], asru.projections(reference)[0].detach().clone()
-    weight.data += 1.0
-
-    def answers(model, proc, prompts, *sizes):
-        told = round((0.9 - (weight - origin).mean().item()) / 0.05)
-        return [s["answer"] if i < told else "I can't tell." for i, s in enumerate(prompts.samples)]
-
-    monkeypatch.setattr(asru, "respond", answers)
-    for allowed, kept in ((0.1, 0.85), (0.001, 0.9), (0.5, 0.7)):
-        assert asru.step_back(model, reference, proc, forget, asru.Config(step_back=allowed)) == kept
-        assert torch.allclose(weight - origin, torch.full_like(weight, kept), atol=1e-5)
-        weight.data += 1 - kept
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_steps_add_up_in_either_precision(dtype):
     """200 steps of AdamW against a constant gradient move a weight by 200 learning rates; bfloat16 alone stays put."""
@@ -1522,8 +1513,8 @@ def test_a_gradient_that_is_no_number_moves_nothing():
 # ------------------------------------------------------------------------------ what is trained, and by what
 
 
-@pytest.mark.parametrize("train, in_place", [("decoder", False), ("mlp", True)])
-def test_adapters_are_full_training_of_a_low_rank_change(tiny, tmp_path, train, in_place):
+@pytest.mark.parametrize("train", ["decoder", "mlp"])
+def test_adapters_are_full_training_of_a_low_rank_change(tiny, tmp_path, train):
     """Gradients of A and B are B^T dW and dW A^T, dW the full model's at the same weights; merged, they are it."""
     model, proc, data, prompts = tiny()
     asked, rng = prompts["retain"].take([0, 130, 900]), torch.Generator().manual_seed(0)
@@ -1538,9 +1529,9 @@ def test_adapters_are_full_training_of_a_low_rank_change(tiny, tmp_path, train, 
         p.data.normal_(0, 0.2, generator=rng)
     loss(model).backward()
     changed = loss(model).item()
-    asru.merge(model, in_place)
+    assert loss(reference).item() == start
+    asru.merge(model)
     assert loss(model).item() == pytest.approx(changed, rel=1e-4) and changed > 2 * start
-    assert loss(reference).item() == (loss(model).item() if in_place else start)            # which shares W
     model.requires_grad_(True)
     loss(model).backward()
     for child in found:
@@ -1556,16 +1547,16 @@ def test_adapters_are_full_training_of_a_low_rank_change(tiny, tmp_path, train, 
     (dict(lora_rank=4), r"layers\..*proj"), (dict(train="mlp", state_dtype="bfloat16"), r"layers\..*mlp\."),
     (dict(train="all"), "")])
 def test_training_moves_what_it_is_told_to(tiny, monkeypatch, settings, moves):
-    """Stage 2 with running mean and step back: these tensors change, no others; with `all` the vision tower's too."""
+    """Stage 2 with a running mean: these tensors change, no others; with `all` the vision tower's too."""
     model, proc, data, _ = tiny()
-    cfg = asru.Config(steps=2, prompts=6, group=4, max_new_tokens=12, minibatch=6, lr=1e-3, step_back=0.5, average=0.5,
+    cfg = asru.Config(steps=2, prompts=6, group=4, max_new_tokens=12, minibatch=6, lr=1e-3, average=0.5,
                       temperature=4.0, **settings)      # hot: responses differ
     seen = {name: [s for s in data[name] if s.get("image")][::40] for name in ("forget", "retain", "target")}
     prompts = asru.encode_all(model, proc, seen, cfg)
     old, lines = {name: value.clone() for name, value in model.state_dict().items()}, []
     monkeypatch.setattr(asru, "reward_of", lambda cfg: lambda texts, *_: ([[0.0, 1.0, 0.0, 1.0] for _ in texts], {}))
     asru.optimize_boundary(model, proc, *prompts.values(), cfg, lines.append)
-    assert 0 < lines[-1]["change_kept"] <= 1 and list(model.state_dict()) == list(old)
+    assert list(model.state_dict()) == list(old)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, old[name])}
     assert moved == {name for name in old if re.search(moves, name)}
 
@@ -1912,8 +1903,7 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
         runs.append((json.dumps(metrics), *((tmp_path / name / f).read_bytes() for f in
                     ("samples.jsonl", "model/model.safetensors", "model/config.json", "model/tokenizer.json"))))
         log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        assert [(line["stage"], line.get("step")) for line in log] == [(1, None), (2, 1), (2, 2), (2, None)]
-        assert 0 < log[-1]["change_kept"] <= 1                              # the step back has a line of its own
+        assert [(line["stage"], line.get("step")) for line in log] == [(1, None), (2, 1), (2, 2)]
         assert len((tmp_path / name / "samples.jsonl").read_text().splitlines()) == sum(
             len(samples) for samples in split_sets({n: load_samples(tmp_path / f"{n}.json") for n in ("forget", "retain", "test")}).values())
         assert not [p for p in (tmp_path / name).rglob("*") if p.name.endswith(".part")]
@@ -1936,7 +1926,7 @@ def test_two_processes_are_one(tmp_path):
     together = json.loads((tmp_path / "b/metrics.json").read_text())
     assert {stage: together[stage] for stage in STAGES} == {stage: alone[stage] for stage in STAGES}
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab"]
-    assert len(logs[0]) == len(logs[1]) == 4
+    assert len(logs[0]) == len(logs[1]) == 3
     for one, two in zip(*logs):
         assert all(two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6) for key in one if key != "tokens_per_s")
     weights = [Qwen3VL.from_pretrained(tmp_path / name / "model").state_dict() for name in "ab"]

@@ -364,7 +364,7 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
             row = [*held, 4 * t, *activations, rollout, *totals]
             print(f"{name:4}{what:22}" + "".join(f"{value / GiB:12.1f}" for value in row) + f"   {fits}")
     print(f"\nbfloat16 weights; prompts of {P} tokens, {G} responses of {R}; --microbatch {b}, rollouts of {Q} prompts; 92 % of a card is used."
-          "\n--average adds as much as float32, for adapters hardly anything; --kl 0 with --step-back 0 needs no reference.")
+          "\n--average adds as much as float32, for adapters hardly anything; --kl 0 needs no reference.")
 
 
 # ------------------------------------------------------------------------------ one GPU
