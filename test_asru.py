@@ -23,6 +23,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
@@ -337,7 +338,7 @@ TEXTS = ["Who?<|im_end|>\n<|im_start|>assistant\nLisbon<|vision_start|><|image_p
          "\ue0000\ue000 \ue000", "{{ 1 }} {% for %} <b>&amp;</b>", " ", "\n", "ab " * 999, "ß" * 10_000]
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[:20]))
 def test_texts_as_they_come(text):
     """In a question, a system message, an option and an answer: no turn and no picture more; reads back as typed, but for NFC."""
     proc, nfc = PROCESSOR(), unicodedata.normalize("NFC", text)
@@ -1895,7 +1896,7 @@ def small_data(folder, thin=1):
 
 def test_main_writes_everything_and_repeats_itself(tmp_path):
     """A short run gives every output, whole; the same seed gives the same bytes, times aside."""
-    argv = ["--forget", small_data(tmp_path), "--steps", 2, "--out"]
+    argv = ["--forget", small_data(tmp_path, thin=3), "--steps", 2, "--prompts", 12, "--out"]
     runs = []
     for name in "ab":
         metrics = asru.main([str(a) for a in argv + [tmp_path / name]])
@@ -1918,11 +1919,12 @@ def test_two_processes_are_one(tmp_path):
     """torchrun with two processes gives the losses, answers and weights of one; the first alone writes and speaks."""
     argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=3), "--steps", 2, "--prompts", 8, "--group", 2, "--minibatch", 4,
                              "--microbatch", 1, "--max-new-tokens", 12, "--begun", 0.3, "--rest", 0)]
+    both = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "asru.py", *argv,
+                             "--out", str(tmp_path / "b")], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     alone = asru.main([*argv, "--out", str(tmp_path / "a")])
-    both = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "asru.py", *argv,
-                           "--out", str(tmp_path / "b")], cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert both.returncode == 0, both.stderr
-    assert both.stdout.count("everything is in") == 1
+    said, errors = both.communicate(timeout=120)
+    assert both.returncode == 0, errors
+    assert said.count("everything is in") == 1
     together = json.loads((tmp_path / "b/metrics.json").read_text())
     assert {stage: together[stage] for stage in STAGES} == {stage: alone[stage] for stage in STAGES}
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab"]
@@ -1939,7 +1941,7 @@ def test_other_methods_through_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(asru, "BASELINES", ("ga",))
     monkeypatch.setattr(asru, "ROWS", [row for row in asru.ROWS if row[0] in ("random boundary", "ga, utility", "ga, forgetting")]
                         + [("asru", dict(skip_rl=True))])
-    argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=3), "--out", tmp_path / "out", "--max-new-tokens", 12,
+    argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=4), "--out", tmp_path / "out", "--max-new-tokens", 8,
                              "--steps", 1, "--prompts", 6, "--baseline-epochs", 2, "--baseline-lr", 1e-3)]
     metrics = asru.main([*argv, "--method", "ga", "--stop", "forgetting"])
     assert metrics["config"]["method"] == "ga" and metrics["baselines"] == {} and metrics["steered"] == metrics["before"]
@@ -2087,33 +2089,37 @@ def files_of(*steps):
 def test_killed_at_twenty_random_moments(short, tmp_path, monkeypatch):
     """SIGKILL while loading, evaluating, stepping, writing: who goes on each time ends where nobody was killed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context, rng, moments = multiprocessing.get_context("forkserver"), random.Random(0), []
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["asru", "torch._dynamo", "transformers.models.auto.tokenization_auto"])     # once
 
-    def start():
-        process = context.Process(target=asru.main, args=(short.argv(tmp_path / "out", "--resume"),))
+    def start(out):
+        process = context.Process(target=asru.main, args=(short.argv(out, "--resume"),))
         process.start()
         return process
 
-    for _ in range(2):
-        began = time.perf_counter()
-        start().join()
+    def killed_ten_times(out):
+        """What was in the checkpoint's folder at each of ten kills, with every end that was reached in between checked."""
+        start(out).join()                               # also waits for the server's imports
+        began, rng, moments = time.perf_counter(), random.Random(out.name), []
+        start(out).join()
         length = time.perf_counter() - began
-        assert outcome(tmp_path / "out") == short.whole
-    assert any(line.get("live_groups") for line in short.whole[1])                  # it did learn something
-    while True:
-        process = start()
-        process.join(rng.uniform(0, 0.9 * length) if len(moments) < 20 else None)
-        if process.exitcode is None:
-            process.kill()
-            moments.append(saved(tmp_path / "out"))
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        if process.exitcode == 0:
-            assert outcome(tmp_path / "out") == short.whole
-            if len(moments) == 20:
-                break
-    assert len(set(map(str, moments))) > 3              # in many places
+        while True:
+            process = start(out)
+            process.join(rng.uniform(0, 0.9 * length) if len(moments) < 10 else None)
+            if process.exitcode is None:
+                process.kill()
+                moments.append(saved(out))
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
+            if process.exitcode == 0:
+                assert outcome(out) == short.whole
+                if len(moments) == 10:
+                    return moments
+
+    assert any(line.get("live_groups") for line in short.whole[1])                  # it does learn something
+    with ThreadPoolExecutor(2) as pool:
+        moments = sum(pool.map(killed_ten_times, (tmp_path / "a", tmp_path / "b")), [])
+    assert len(moments) == 20 and len(set(map(str, moments))) > 3                   # in many places
 
 
 @pytest.mark.parametrize("number, every", [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
@@ -2211,5 +2217,6 @@ def test_a_folder_that_may_not_be_written_to_is_named(short, tmp_path, capfd):
 
 @pytest.mark.parametrize("method", ["asru", *asru.BASELINES])
 def test_the_same_seed_gives_the_same_bytes(short, tmp_path, method):
-    runs = [short(tmp_path / name, "--method", method, "--baseline-epochs", 1, "--baseline-lr", 1e-3) for name in "ab"]
+    flags = ["--baseline-epochs", 1, "--baseline-lr", 1e-3] * (method != "asru")
+    runs = [short(tmp_path / name, "--method", method, *flags) for name in "ab"]
     assert runs[0] == runs[1]
