@@ -54,7 +54,7 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (Prompts, answer_logp, answer_means, answer_totals, check_device, chunks, command, content_words,
+from eval import (Prompts, answer_logp, answer_means, answer_totals, attack, check_device, chunks, command, content_words,
                   encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare, print_answers,
                   print_table, projections, report, respond, set_signals, set_up_torch, split_sets, world)
 from model_qwen3vl import Processor, Qwen3VL, aside, read_json, write_aside
@@ -144,6 +144,7 @@ class Config:
                     "first with forget recall at most 0.05", among=("utility", "forgetting"))
     compare: bool = opt(False, "run every method over several seeds, print the table, write compare.json alone")
     seeds: int = opt(5, "compare: number of seeds, from --seed on", least=1)
+    attacks: bool = opt(False, "compare: at the first seed, attack what each run but those at equal utility leaves")
     sweep: bool = opt(False, "print what stage 1 does at every layer and several lambda or, with a baseline's --method, "
                              "what that does at several learning rates; nothing is written")
 
@@ -792,7 +793,7 @@ def compare(model, proc, data, cfg):
         return report
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_aside(cfg.out / "compare.json", json.dumps(report, indent=1).encode())
-    print("\n".join(comparison_table(rows)))
+    print("\n".join([*comparison_table(rows), *(["", *attacks_table(rows)] if cfg.attacks else [])]))
     print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal "
           "{:.1f}x (paper 5.8x); at equal forgetting {:.1f}x".format(*report["ratios"].values()))
     return report
@@ -806,9 +807,11 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
     shared, sets, runs = get_ready(model, proc, data, cfg), split_sets(data), {}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     before = people_means(sets, shared[2])
+    attacked = lambda model, proc, row: attack(model, proc, data, seed=row.seed) if (
+        row.attacks and row.seed == cfg.seed and (row.method not in BASELINES or row.stop == "forgetting")) else None
     if ideal and ideal.is_dir():
         other = Qwen3VL.from_pretrained(ideal, device=cfg.device), Processor.from_pretrained(ideal)
-        runs["retrained"] = [(people_means(sets, get_ready(*other, data, cfg)[2]), 0.0)]
+        runs["retrained"] = [(people_means(sets, get_ready(*other, data, cfg)[2]), 0.0, attacked(*other, cfg))]
     plan = [(name, replace(cfg, **{**preset(cfg.model, changes.get("method")), **changes, "seed": cfg.seed + i}))
             for name, changes in rows for i in range(cfg.seeds)]
     different = list(dict.fromkeys(row for _, row in plan))         # a variant may be what the settings are anyway
@@ -819,8 +822,10 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         model.load_state_dict(start)
         torch.manual_seed(row.seed)
         after = unlearn(model, proc, data, row, lambda line: None, shared)["after"]
+        spent = time.perf_counter() - started
+        told = attacked(model, proc, row)
         bar.update(workers)
-        return people_means(sets, after), time.perf_counter() - started
+        return people_means(sets, after), spent, told
 
     workers = world()[1]
     done = dict(zip(different, in_turn(finish, different)))
@@ -848,12 +853,13 @@ def people_means(sets, results):
 
 
 def summary(runs, before):
-    """(people's means, seconds) of S seeds -> {figure: mean, low, high (95 % interval), seeds (S values)}.
+    """(people's means, seconds, attacks) of S seeds -> {figure: mean, low, high (95 % interval), seeds (S values)}.
 
     retain: share of before. effectiveness: 1 - the mean recall of forget, test and words. seconds: with evaluation.
+    attacks: what `attack` found at the first seed, if it was asked.
     """
     def figures(statistic):         # of (S, people)
-        found = {name: statistic(np.stack([means[name] for means, _ in runs])) for name in runs[0][0]}
+        found = {name: statistic(np.stack([means[name] for means, *_ in runs])) for name in runs[0][0]}
         if "retain" in found:
             found["retain"] = found["retain"] / statistic(np.stack([before["retain"]] * len(runs)))
         told = [found[name] for name in ("forget", "test", "words") if name in found]
@@ -862,8 +868,9 @@ def summary(runs, before):
     mean, seeds, draws = figures(np.mean), figures(lambda x: x.mean(1)), figures(bootstrap)
     row = {name: dict(zip(("mean", "low", "high", "seeds"), (
         float(mean[name]), *np.quantile(draws[name], (0.025, 0.975)).tolist(), seeds[name].tolist()))) for name in mean}
-    seconds = [spent for _, spent in runs]
-    return {**row, "seconds": {"mean": float(np.mean(seconds)), "seeds": seconds}}
+    seconds = [spent for _, spent, _ in runs]
+    row["seconds"] = {"mean": float(np.mean(seconds)), "seeds": seconds}
+    return {**row, "attacks": runs[0][2]} if runs[0][2] else row
 
 
 def bootstrap(values, draws=400):
@@ -887,6 +894,14 @@ def comparison_table(rows):
             last = f"{row['seconds']['mean']:11.0f}" if title else ""
             lines.append(f"{title:19}" + "".join(f"{'-'.join(cell):>11}" for cell in shown) + last)
     return lines
+
+
+def attacks_table(rows):
+    """Lines of text, one per row that was attacked: percent told under each attack; re: after the last step relearned."""
+    found = {name: row["attacks"] for name, row in rows.items() if "attacks" in row}
+    heads = list(next(iter(found.values())))
+    return [f"{'':19}" + "".join(f"{head.replace('relearn_', 're '):>10}" for head in heads)] + [
+        f"{name:19}" + "".join(f"{100 * row[head]['recall']:10.1f}" for head in heads) for name, row in found.items()]
 
 
 def sweep_rates(model, proc, data, cfg):

@@ -1941,6 +1941,7 @@ def test_other_methods_through_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(asru, "BASELINES", ("ga",))
     monkeypatch.setattr(asru, "ROWS", [row for row in asru.ROWS if row[0] in ("random boundary", "ga, utility", "ga, forgetting")]
                         + [("asru", dict(skip_rl=True))])
+    monkeypatch.setattr(asru, "attack", lambda *_, seed: {"relearn_1": {"recall": 0.25 + seed, "samples": 4}})
     argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=4), "--out", tmp_path / "out", "--max-new-tokens", 8,
                              "--steps", 1, "--prompts", 6, "--baseline-epochs", 2, "--baseline-lr", 1e-3)]
     metrics = asru.main([*argv, "--method", "ga", "--stop", "forgetting"])
@@ -1949,11 +1950,14 @@ def test_other_methods_through_the_command(tmp_path, monkeypatch):
     assert (tmp_path / "out/model/model.safetensors").exists() and "recall_retain" in (tmp_path / "out/log.jsonl").read_text()
 
     (tmp_path / "retrained").symlink_to(HERE / "data/retrained")
-    report = asru.main([*argv, "--compare", "--seeds", "1"])
+    report = asru.main([*argv, "--compare", "--seeds", "1", "--attacks"])
     assert json.loads((tmp_path / "out/compare.json").read_text()) == report
     assert list(report["rows"]) == ["retrained", *(name for name, _ in asru.ROWS)]
     assert report["rows"]["retrained"]["forget"]["mean"] == 0
+    assert [name for name, row in report["rows"].items() if "attacks" not in row] == ["ga, utility"]
+    assert asru.attacks_table(report["rows"])[-1].split() == ["asru", "25.0"]
     for row in report["rows"].values():
+        row.pop("attacks", 0)
         assert {"effectiveness", "forget", "retain", "context", "seconds"} <= set(row) <= {"effectiveness", *asru.FIGURES, "seconds"}
         assert all(x["low"] <= x["mean"] <= x["high"] for name, x in row.items() if name != "seconds")
     found = asru.main([*argv, "--sweep"])
