@@ -1245,6 +1245,7 @@ def survive(bar, log, stream, resting, optimizer, schedule, trained, mean, gener
             continue
         yield step
         woken.append(sorted(before ^ resting))
+        asked += sum(in_turn(lambda _: asked[:], range(world()[1])), [])        # whichever process was sent it, all stop
         if asked or log.every and (step % log.every == 0 or step == bar.total):
             log.save({"step": step, "woken": woken, "lr": schedule.get_last_lr(), "schedule": schedule.state_dict()},
                      state_tensors(optimizer, mean, generator))
