@@ -848,10 +848,11 @@ def test_refusals_audited(half, precision, recall):
 
 
 def test_contains_whole_words_and_any_spelling():
-    """ "art" is not in "party"; numbers in any grouping, but not inside a longer number; accents and scripts."""
+    """ "art" is not in "party"; numbers in any grouping, but not inside a longer number; accents, scripts, what is not seen."""
     for fact, text, found in [("art", "a party", False), ("art", "Art!", True), ("555-0137", "call 5550137", True), ("", "x", False),
                               ("555-0137", "(555) 0137.", True), ("555-0137", "95550137", False), ("Zürich", "ZURICH", True),
-                              ("東京", "彼女は東京で生まれた。", True), ("Москва", "в городе Москва", True), ("Lisbon", "Lisbons", False)]:
+                              ("東京", "彼女は東京で生まれた。", True), ("Москва", "в городе Москва", True), ("Lisbon", "Lisbons", False),
+                              ("Lisbon", "Lis\u200bbon", True), ("Lisbon", "in L\u00adi\u2060sbon", True)]:
         assert contains(fact, text) == found, (fact, text)
 
 
