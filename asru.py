@@ -169,8 +169,8 @@ def asru(model, proc, data, cfg, log, shared=None):
     results["steered"] = results["before"]
     if not cfg.skip_steer:
         base = checksum(model)
-        edit, report = redirect(model, proc, forget, boundary, target, layer, cfg)
-        log({"stage": 1, **report})
+        edit, moved = redirect(model, proc, forget, boundary, target, layer, cfg)
+        log({"stage": 1, **moved})
         save_steer(edit, base, layer, cfg)
         results["steered"] = measure("steered")
     results["after"] = results["steered"]
@@ -369,11 +369,11 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 
         seconds = time.perf_counter() - started
         kinds = [kind_of(pool.samples[i], roles[i]) for i in rows]
-        report = {"stage": 2, "step": step, **step_report(texts, rewards, kinds, terms, keep),
-                  "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
-        log(report)
+        line = {"stage": 2, "step": step, **step_report(texts, rewards, kinds, terms, keep),
+                "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
+        log(line)
         shown = ("reward", "refuse_forget", "refuse_retain", "kl")
-        bar.set_postfix({name: f"{report[name]:.2f}" for name in shown if name in report})
+        bar.set_postfix({name: f"{line[name]:.2f}" for name in shown if name in line})
     for p, kept in zip(trained, mean):
         p.detach().copy_(kept)
     merge(model)
@@ -636,9 +636,9 @@ def descend(model, proc, prompts, cfg, log):
         if step % CHECK and step < steps:
             continue
         now = quick_scores(model, proc, parts, cfg)
-        report = {"loss": loss.item(), **{f"recall_{name}": recall for name, (recall, _) in now.items()}}
-        log({"stage": cfg.method, "step": step, **report})
-        bar.set_postfix({k: f"{v:.2f}" for k, v in report.items()})
+        line = {"loss": loss.item(), **{f"recall_{name}": recall for name, (recall, _) in now.items()}}
+        log({"stage": cfg.method, "step": step, **line})
+        bar.set_postfix({k: f"{v:.2f}" for k, v in line.items()})
         keep, go_on = verdict(cfg.stop, before, now)
         kept = [p.detach().clone() for p in trained] if keep else kept
         if not go_on:
@@ -786,17 +786,17 @@ def compare(model, proc, data, cfg):
     rows = run_rows(model, proc, data, cfg, ROWS, cfg.forget.parent / "retrained")
     over = lambda figure, stop: rows["asru"][figure]["mean"] / max(1e-9, np.mean(
         [rows[f"{name}, {stop}"][figure]["mean"] for name in BASELINES]))
-    report = {"config": settings_of(cfg), "rows": rows, "ratios": {
+    found = {"config": settings_of(cfg), "rows": rows, "ratios": {
         "effectiveness": over("effectiveness", "utility"), "context": over("context", "utility"),
         "context at equal forgetting": over("context", "forgetting")}}
     if world()[0]:
-        return report
+        return found
     cfg.out.mkdir(parents=True, exist_ok=True)
-    write_aside(cfg.out / "compare.json", json.dumps(report, indent=1).encode())
+    write_aside(cfg.out / "compare.json", json.dumps(found, indent=1).encode())
     print("\n".join([*comparison_table(rows), *(["", *attacks_table(rows)] if cfg.attacks else [])]))
     print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal "
-          "{:.1f}x (paper 5.8x); at equal forgetting {:.1f}x".format(*report["ratios"].values()))
-    return report
+          "{:.1f}x (paper 5.8x); at equal forgetting {:.1f}x".format(*found["ratios"].values()))
+    return found
 
 
 def run_rows(model, proc, data, cfg, rows, ideal=None):
