@@ -885,14 +885,14 @@ def bootstrap(values, draws=400):
 
 def comparison_table(rows):
     """Lines of text, two per row: means and, below, 95 % intervals. Percent, but for the judge's three scores."""
-    heads, unit = ["effectiveness", *FIGURES], dict.fromkeys(("context", "leakage", "natural"), 1)
-    lines = [f"{'':19}" + "".join(f"{head[:9]:>11}" for head in [*heads, "seconds"])]
+    heads, scores = ["effectiveness", *FIGURES], ("context", "leakage", "natural")
+    number = lambda head, value, digits: f"{value:.{digits + 1}f}" if head in scores else f"{100 * value:.{digits}f}"
+    lines = [f"{'':23}" + "".join(f"{head[:9]:>10}" for head in [*heads, "seconds"])]
     for name, row in rows.items():
         for title, keys in ((name, ["mean"]), ("", ["low", "high"])):
-            shown = [[f"{unit.get(head, 100) * row[head][key]:.3g}" for key in keys] if head in row else []
-                     for head in heads]
-            last = f"{row['seconds']['mean']:11.0f}" if title else ""
-            lines.append(f"{title:19}" + "".join(f"{'-'.join(cell):>11}" for cell in shown) + last)
+            shown = [[number(head, row[head][key], 2 - len(keys)) for key in keys] if head in row else [] for head in heads]
+            last = f"{row['seconds']['mean']:10.0f}" if title else ""
+            lines.append(f"{title:23}" + "".join(f"{'-'.join(cell):>10}" for cell in shown) + last)
     return lines
 
 
@@ -900,8 +900,8 @@ def attacks_table(rows):
     """Lines of text, one per row that was attacked: percent told under each attack; re: after the last step relearned."""
     found = {name: row["attacks"] for name, row in rows.items() if "attacks" in row}
     heads = list(next(iter(found.values())))
-    return [f"{'':19}" + "".join(f"{head.replace('relearn_', 're '):>10}" for head in heads)] + [
-        f"{name:19}" + "".join(f"{100 * row[head]['recall']:10.1f}" for head in heads) for name, row in found.items()]
+    return [f"{'':23}" + "".join(f"{head.replace('relearn_', 're '):>10}" for head in heads)] + [
+        f"{name:23}" + "".join(f"{100 * row[head]['recall']:10.1f}" for head in heads) for name, row in found.items()]
 
 
 def sweep_rates(model, proc, data, cfg):
