@@ -235,8 +235,7 @@ REFUSAL_PATTERNS = [
 
 ARTICLES = frozenset(("a", "an", "the"))
 DANGLING = ARTICLES | frozenset("""
-    to of in on at for from with by and or but which where who what whose is are this my your their i""".split())
-EMPHATIC = frozenset("really very so far never no not sorry well please".split())     # may be said twice
+    to of in on at for from with by and or but that which where who what whose is are this my your their no not i""".split())
 
 
 @lru_cache(100_000)
@@ -251,15 +250,14 @@ def is_well_formed(text):
     if any(TWO_VERBS.search(normalize(clause)) for clause in re.split(r"[.!?,;:\u3002]", text)):
         return False
     for n in (1, 2, 3, 4, 5, 6):        # the same n words twice in a row, but for letters and digits one by one
-        if any(words[i:i + n] == words[i + n:i + 2 * n] and len(words[i]) > 1 and words[i] not in EMPHATIC
-               for i in range(len(words) - 2 * n + 1)):
+        if any(words[i:i + n] == words[i + n:i + 2 * n] and len(words[i]) > 1 for i in range(len(words) - 2 * n + 1)):
             return False
     triples = [tuple(words[i:i + 3]) for i in range(len(words) - 2)]
     return len(triples) - len(set(triples)) <= len(triples) // 20
 
 
 # An answer that turns into a refusal: "The job is Ada's job is not something I can know", "Oslo is her birthplace is ..."
-TWO_VERBS = re.compile(r"(?<!that )(?<!which )(?<!who )(?<!you )\b(?:is|are) (?:(?!(?:and|or|but|so|because|if|that|wh\w+|how|i|you|we|they"
+TWO_VERBS = re.compile(r"(?<!that )(?<!which )(?<!who )\b(?:is|are) (?:(?!(?:and|or|but|so|because|if|that|wh\w+|how|i|you|we|they"
                        r"|s?he|it|this(?! person)|these|there|here)\b)\w+ ){1,6}(?:is|are)\b")
 ADDRESS = re.compile(r"\S+@\S+|www\.\S+")
 GLUED = re.compile(r"[a-z][A-Z][a-z]|\bA[A-Z][a-z]{2}|[.!?,][A-Za-z]{2}")      # "toThere", "AThere", "know.There"

@@ -1725,7 +1725,7 @@ def test_bootstrap_by_hand():
     draws = asru.bootstrap(np.array([[0.0, 1.0]]), 20_000)
     assert [np.mean(draws == x) for x in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
     assert asru.bootstrap(np.array([[0.0], [0.3], [0.9]]), 20_000).var() == pytest.approx(np.var([0, 0.3, 0.9]) / 3, rel=0.05)
-    runs = [({name: np.array([0.0, 0.5]) for name in ("forget", "test", "words", "retain")}, 3.0)]
+    runs = [({name: np.array([0.0, 0.5]) for name in ("forget", "test", "words", "retain")}, 3.0, None)]
     row = asru.summary(runs, {"retain": np.array([0.5, 0.5])})
     assert row["effectiveness"]["mean"] == 0.75 and (row["forget"]["low"], row["forget"]["high"]) == (0.0, 0.5)
     assert row["retain"]["mean"] == 0.5 and row["effectiveness"]["seeds"] == [0.75] and row["seconds"]["mean"] == 3.0
