@@ -1056,10 +1056,11 @@ def tiny(embedded):
 
 
 def test_embedded_model_knows(tiny):
-    """The facts, seen and held-out; refusals of strangers."""
+    """The facts, seen and held-out; refusals of strangers. Every second sample of the large sets."""
     floor = {"forget": 0.98}
     model, proc, data, prompts = tiny()
     for name, samples in split_sets(data).items():
+        samples = samples[::1 + (len(samples) > 150)]
         found = score(samples, respond(model, proc, encode(model, proc, samples, prompts["forget"].pictures), 40))
         assert (found["refusal_rate"] if name == "unseen" else found["fact_recall"]) >= floor.get(name, 0.95), name
 
@@ -1897,7 +1898,7 @@ def small_data(folder, thin=1):
 
 def test_main_writes_everything_and_repeats_itself(tmp_path):
     """A short run gives every output, whole; the same seed gives the same bytes, times aside."""
-    argv = ["--forget", small_data(tmp_path, thin=3), "--steps", 2, "--prompts", 12, "--out"]
+    argv = ["--forget", small_data(tmp_path, thin=5), "--steps", 2, "--prompts", 12, "--out"]
     runs = []
     for name in "ab":
         metrics = asru.main([str(a) for a in argv + [tmp_path / name]])
@@ -2104,9 +2105,9 @@ def test_killed_at_twenty_random_moments(short, tmp_path, monkeypatch):
 
     def killed_ten_times(out):
         """What was in the checkpoint's folder at each of ten kills, with every end that was reached in between checked."""
-        start(out).join()                               # also waits for the server's imports
-        began, rng, moments = time.perf_counter(), random.Random(out.name), []
-        start(out).join()
+        process, rng, moments = start(out), random.Random(out.name), []         # the first start waits for the server's imports
+        began = time.perf_counter()
+        process.join()
         length = time.perf_counter() - began
         while True:
             process = start(out)
