@@ -1472,6 +1472,8 @@ def check_config(cfg):
         raise ValueError(f"--mix-forget {cfg.mix_forget} and --mix-retain {cfg.mix_retain} add up to more than 1")
     if cfg.lora_rank and cfg.train == "all":
         raise ValueError(f"--lora-rank {cfg.lora_rank} goes with --train decoder or mlp, not with all")
+    if cfg.attacks and not cfg.compare:
+        raise ValueError("--attacks goes with --compare; one model is attacked by eval.py --attacks")
 
 
 def run(argv):

@@ -1982,6 +1982,7 @@ def test_a_flag_beats_the_method_and_the_method_the_model():
     (["--forget", "F", "--frobnicate"], "--frobnicate"), (["--forget", "F", "--out", "FILE"], "FILE"),
     (["--forget", "F", "--device", "abacus"], "abacus"), (["--forget", "F", "--method", "magic"], "--method"),
     (["--forget", "F", "--lora-rank", "4", "--train", "all"], "--lora-rank 4"),
+    (["--forget", "F", "--attacks"], "--compare"),
 ])
 def test_wrong_input_is_one_line_and_status_2(tmp_path, argv, word, capsys):
     """One line that names the trouble, status 2, no traceback, nothing written."""
