@@ -51,13 +51,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (Prompts, answer_logp, answer_means, answer_totals, attack, check_device, chunks, command, content_words,
                   encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare, print_answers,
                   print_table, projections, report, respond, set_signals, set_up_torch, split_sets, world)
-from model_qwen3vl import Processor, Qwen3VL, aside, read_json, write_aside
+from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, write_aside
 from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
@@ -125,6 +128,7 @@ class Config:
                      "all: vision tower, embeddings, head and norms too", among=("decoder", "mlp", "all"))
     lora_rank: int = opt(0, "rank R of a change B A of each of these matrices, trained in their place and merged at "
                          "the end; it wants a larger learning rate; 0: none", least=0)
+    shard: bool = opt(False, "stage 2: of the decoder, its gradients and AdamW's states each process of torchrun holds a part")
     state_dtype: str = opt("float32", "AdamW's moments: float32 or, in half the memory, bfloat16",
                            among=("float32", "bfloat16"))
     memorise: bool = opt(False, "stage 0, before everything: teach the model forget and retain; writes vanilla/")
@@ -331,6 +335,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg)
     reference = frozen_copy(model) if cfg.kl else None
+    if cfg.shard:
+        trained = shard(model, reference)
     exact = exactly(trained)            # what the optimizer moves
     optimizer = optimizer_of(exact, cfg.lr, cfg.weight_decay, cfg)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
@@ -377,6 +383,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     for p, kept in zip(trained, mean):
         p.detach().copy_(kept)
     merge(model)
+    if cfg.shard:
+        unshard(model)
     model.requires_grad_(True)
 
 
@@ -395,7 +403,8 @@ def sample_groups(model, pool, rows, cfg, generator):
         return model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p,
                               chance=chance[part]).tolist()
 
-    said = [row for part in in_turn(sample, chunks(range(len(rows)), -(-len(rows) // world()[1]))) for row in part]
+    with gathered(model):
+        said = [row for part in in_turn(sample, chunks(range(len(rows)), -(-len(rows) // world()[1]))) for row in part]
     longest = max(map(len, said))
     tokens = torch.tensor([row + [model.cfg.pad_token_id] * (longest - len(row)) for row in said], device=model.device)
     tokens = tokens.view(len(rows), cfg.group, longest)
@@ -431,29 +440,36 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
     minibatches = [(mini, heard) for mini, heard in minibatches if heard]
     old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
 
-    @torch.no_grad()
-    def remember(part):
-        old[tuple(part)], _ = response_logp(model, None, *args(part), cfg)
+    def shares(heard):
+        """[(microbatch, weight)]. A sharded model is called as often in every process: what is too few is done for nothing."""
+        parts = [(part, 1.0) for part in chunks(heard, cfg.microbatch)]
+        return parts + [(parts[0][0], 0.0)] * (-len(parts) % world()[1] if cfg.shard else 0)
 
-    def learn(part):
+    @torch.no_grad()
+    def remember(share):
+        old[tuple(share[0])], _ = response_logp(model, None, *args(share[0]), cfg)
+
+    def learn(share):
+        part, weight = share
         logp, logp_ref = response_logp(model, reference, *args(part), cfg)          # (n,) n kept tokens
         logp_old = old.get(tuple(part), logp.detach())
         A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)           # (n,)
         kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
         loss = (cfg.kl * kl - clipped_surrogate(logp, logp_old, A, cfg.clip)).sum() / count
-        loss.backward()
+        (weight * loss).backward()
         clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
-        return [loss.item(), kl.sum().item() / count, clipped.sum().item() / count]
+        return [weight * figure for figure in (loss.item(), kl.sum().item() / count, clipped.sum().item() / count)]
 
     for _, heard in minibatches[1:]:
-        in_turn(remember, chunks(heard, cfg.microbatch))
+        in_turn(remember, shares(heard))
     figures = np.zeros(4)
     for mini, heard in minibatches:
         count = keep[mini].sum().item()     # of the whole minibatch, silent groups too: as fewer speak, steps get smaller
-        loss, kl, clipped = np.sum(in_turn(learn, chunks(heard, cfg.microbatch)), axis=0)
+        loss, kl, clipped = np.sum(in_turn(learn, shares(heard)), axis=0)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}, no step was made; a lower learning rate is needed")
-        add_up_gradients(trained)
+        if not cfg.shard:
+            add_up_gradients(trained)
         norm = optimizer_step(optimizer, trained, cfg.grad_norm)
         figures += np.array([loss, kl, clipped, norm]) / len(minibatches)
     return dict(zip(("loss", "kl", "clipped", "grad_norm"), figures.tolist()))
@@ -466,7 +482,7 @@ def optimizer_step(optimizer, trained, limit):
     What the optimizer moves is float32: the trained weights themselves or, where they are bfloat16, the numbers that
     they are rounded from. A step of 1e-6 is far below the last digit of a bfloat16 weight and would be lost each time.
     """
-    norm = torch.nn.utils.clip_grad_norm_(trained, limit).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, limit)).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}, and no step was made; a lower learning rate is needed")
     pairs = [(e, p) for e, p in zip(optimizer.param_groups[0]["params"], trained) if e is not p]
@@ -1137,7 +1153,7 @@ def save_steer(edit, base, layer, cfg):
 #   torchrun --nproc_per_node N asru.py ...    Each process has the whole model and draws the same prompts. What `in_turn`
 #   does is shared out: a step's rollouts, the microbatches of an update, the answers of an evaluation, the runs of a
 #   comparison. Stage 1, rewards and what the other methods do are the same everywhere, so that all models stay alike
-#   without being sent around.
+#   without being sent around. With --shard each has a part of the decoder in stage 2's updates.
 
 
 def join_processes(cfg):
@@ -1161,6 +1177,54 @@ def add_up_gradients(trained):
     for p in trained if world()[1] > 1 else ():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         dist.all_reduce(p.grad)
+
+
+def shard(model, reference):
+    """--shard: each process holds its part of every decoder layer (FSDP2). Returns what is trained, as its parts.
+
+    A layer is put together for as long as it is computed, and its gradient added up and parted again; so every process
+    must call the model as often as any other, or within `gathered`.
+    """
+    mesh = init_device_mesh(model.device.type, (world()[1],))
+    for layer in [layer for m in (model, reference) if m for layer in m.text.layers]:
+        fully_shard(layer, mesh=mesh)
+        layer.set_gradient_divide_factor(1.0)                       # gradients are added up,
+        layer.set_force_sum_reduction_for_comms(True)               # by what every backend can do
+    model.captured = False              # what puts layers together cannot be captured
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@contextmanager
+def gathered(model):
+    """Within, every process holds all layers whole and may call the model as often as it likes, without gradients."""
+    parted = [layer for layer in model.text.layers if isinstance(layer, FSDPModule)]
+    for layer in parted:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    yield
+    for layer in parted:
+        layer.set_reshard_after_forward(True)
+        layer.reshard()
+
+
+@torch.no_grad()
+def unshard(model):
+    """The layers are whole again, in every process."""
+    for i, layer in enumerate(model.text.layers):
+        state = {name: whole(value) for name, value in layer.state_dict().items()}
+        with torch.device("meta"):
+            model.text.layers[i] = DecoderLayer(model.cfg.text, i)
+        model.text.layers[i].load_state_dict(state, assign=True)
+    del model.captured                  # the class's own again
+
+
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value, p):
+    """A whole tensor as p has it: parted, if p is, and on its device."""
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else value.to(p.device)
 
 
 # ------------------------------------------------------------------------------ surviving
@@ -1259,7 +1323,7 @@ def state_tensors(optimizer, mean, generator):
     exact = optimizer.param_groups[0]["params"]
     of_each = [{"weight": p, **optimizer.state[p], **({"mean": mean[i]} if mean else {})} for i, p in enumerate(exact)]
     return {"generator 0": generator.get_state(),
-            **{f"{what} {i}": value for i, found in enumerate(of_each) for what, value in found.items()}}
+            **{f"{what} {i}": whole(value) for i, found in enumerate(of_each) for what, value in found.items()}}
 
 
 @torch.no_grad()
@@ -1272,9 +1336,9 @@ def restore(log, optimizer, schedule, trained, mean, generator):
             generator.set_state(value)
         elif what in ("weight", "mean"):
             for p in (exact[i], trained[i]) if what == "weight" else (mean[i],):
-                p.copy_(value)
+                p.copy_(like(value, p))
         else:
-            optimizer.state[exact[i]][what] = value.to(exact[i].device, copy=True)
+            optimizer.state[exact[i]][what] = like(value, exact[i]) if value.dim() else value.to(exact[i].device)
     schedule.load_state_dict(log.state["schedule"])
     optimizer.param_groups[0]["lr"], = log.state["lr"]
     log[:] = log.state["lines"]
@@ -1304,7 +1368,7 @@ def origin_of(cfg, model, data):
 
     Not where it writes, nor what saves memory, which changes last bits at most and may have to be changed to go on.
     """
-    free = ("out", "checkpoint", "microbatch", "recompute", "allow_outside")
+    free = ("out", "checkpoint", "microbatch", "recompute", "shard", "allow_outside")
     settings = {name: value for name, value in settings_of(cfg).items() if name not in free}
     pictures = sorted({s["image"] for samples in data.values() for s in samples if s.get("image")})
     return {**settings, "device": model.device.type, "weights": checksum(model),
@@ -1447,8 +1511,10 @@ def suited(model):
 
 
 def check_machine(cfg):
-    """The device exists, and --out is or can become a directory that can be written to."""
+    """The device exists, there are processes to share with, and --out is or can become a directory that can be written to."""
     check_device(cfg.device)
+    if cfg.shard and world()[1] == 1:
+        raise ValueError("--shard goes with several processes: torchrun --nproc_per_node N asru.py ...")
     if cfg.out.exists() and not cfg.out.is_dir():
         raise ValueError(f"--out {cfg.out}: a file is in the way; a directory is needed")
     place = next(folder for folder in (cfg.out, *cfg.out.absolute().parents) if folder.exists())
@@ -1472,6 +1538,8 @@ def check_config(cfg):
         raise ValueError(f"--mix-forget {cfg.mix_forget} and --mix-retain {cfg.mix_retain} add up to more than 1")
     if cfg.lora_rank and cfg.train == "all":
         raise ValueError(f"--lora-rank {cfg.lora_rank} goes with --train decoder or mlp, not with all")
+    if cfg.shard and (cfg.train == "all" or cfg.state_dtype != "float32" or cfg.compare):
+        raise ValueError("--shard goes with --train decoder or mlp and --state-dtype float32, and not with --compare")
     if cfg.attacks and not cfg.compare:
         raise ValueError("--attacks goes with --compare; one model is attacked by eval.py --attacks")
 

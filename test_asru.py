@@ -1938,23 +1938,27 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    """torchrun with two processes gives the losses, answers and weights of one; the first alone writes and speaks."""
+    """torchrun with two processes gives the losses, answers and weights of one, sharded or not; the first alone writes and speaks."""
     argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=3), "--steps", 2, "--prompts", 8, "--group", 2, "--minibatch", 4,
                              "--microbatch", 1, "--max-new-tokens", 12, "--begun", 0.3, "--rest", 0)]
-    both = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "asru.py", *argv,
-                             "--out", str(tmp_path / "b")], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    alone = asru.main([*argv, "--out", str(tmp_path / "a")])
-    said, errors = both.communicate(timeout=120)
-    assert both.returncode == 0, errors
-    assert said.count("everything is in") == 1
-    together = json.loads((tmp_path / "b/metrics.json").read_text())
-    assert {stage: together[stage] for stage in STAGES} == {stage: alone[stage] for stage in STAGES}
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab"]
-    assert len(logs[0]) == len(logs[1]) == 3
-    for one, two in zip(*logs):
-        assert all(two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6) for key in one if key != "tokens_per_s")
-    weights = [Qwen3VL.from_pretrained(tmp_path / name / "model").state_dict() for name in "ab"]
-    assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
+    start = lambda name, *more: subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "asru.py", *argv, *more,
+         "--out", str(tmp_path / name)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    runs = {"whole": start("whole"), "sharded": start("sharded", "--shard")}
+    alone = asru.main([*argv, "--out", str(tmp_path / "alone")])
+    read = lambda name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    weights = Qwen3VL.from_pretrained(tmp_path / "alone/model").state_dict()
+    for name, run in runs.items():
+        said, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors
+        assert said.count("everything is in") == 1
+        together = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert {stage: together[stage] for stage in STAGES} == {stage: alone[stage] for stage in STAGES}
+        assert len(read(name)) == len(read("alone")) == 3
+        for one, two in zip(read("alone"), read(name)):
+            assert all(two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6) for key in one if key != "tokens_per_s")
+        found = Qwen3VL.from_pretrained(tmp_path / name / "model").state_dict()
+        assert all((weights[key] - found[key]).abs().max() < 1e-4 for key in weights | found)
 
 
 def test_other_methods_through_the_command(tmp_path, monkeypatch):
@@ -2003,6 +2007,8 @@ def test_a_flag_beats_the_method_and_the_method_the_model():
     (["--forget", "F", "--device", "abacus"], "abacus"), (["--forget", "F", "--method", "magic"], "--method"),
     (["--forget", "F", "--lora-rank", "4", "--train", "all"], "--lora-rank 4"),
     (["--forget", "F", "--attacks"], "--compare"),
+    (["--forget", "F", "--shard", "--train", "all"], "--shard goes with --train decoder or mlp"),
+    (["--forget", "F", "--shard"], "--shard goes with several processes: torchrun"),
 ])
 def test_wrong_input_is_one_line_and_status_2(tmp_path, argv, word, capsys):
     """One line that names the trouble, status 2, no traceback, nothing written."""

@@ -318,7 +318,7 @@ def peak_memory(side, name):
 
 
 TRAINED = {         # what is trained -> settings
-    "decoder": {}, "decoder, bf16 states": dict(state_dtype="bfloat16"), "mlp": dict(train="mlp"),
+    "decoder": {}, "decoder, 8 shards": dict(shard=True), "decoder, bf16 states": dict(state_dtype="bfloat16"), "mlp": dict(train="mlp"),
     "mlp, bf16 states": dict(train="mlp", state_dtype="bfloat16"), "LoRA 16": dict(lora_rank=16)}
 
 
@@ -338,6 +338,8 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
                    --recompute: T D of every layer, and one layer whole. The head's chunk of logits comes on top.
     cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, and what sampling makes of Q G rows of V logits
     Gradients and activations, the optimizer's step and the rollout do not meet: the total has the largest of the three.
+    Of 8 shards each process has an eighth of all that goes with t and, but in rollouts, of the weights that are trained;
+    a layer that is computed and the next are whole.
     """
     GiB, LOGIT = 2**30, 24          # bytes per logit: about six float32 tensors
     heads = ("weights", "float32", "states", "reference", "gradients", "activations", "recomputed", "cache", "total", "recomputed")
@@ -350,6 +352,7 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
             N, t = (sum(p.numel() for p in found) for found in (list(model.parameters()), asru.trainable(model, cfg)))
             asru.merge(model)
             text, full = model.cfg.text, not cfg.lora_rank
+            whole, t = t, t // (8 if cfg.shard else 1)
             D, F, L = text.hidden_size, text.intermediate_size, text.num_hidden_layers
             Hd, Kd = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
             T = b * (P + G * (R - 1))
@@ -358,7 +361,11 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
             held = [2 * N + 4 * t * (not full), 4 * t * full, (8 if cfg.state_dtype == "float32" else 4) * t, 2 * t * full]
             activations = L * layer + head, 2 * L * T * D + layer + head
             rollout = 2 * 2 * L * Kd * Q * (P + G * (R - 1)) + LOGIT * Q * G * text.vocab_size
-            totals = [sum(held) + max(4 * t, (2 if full else 4) * t + most, rollout) for most in activations]
+            gathered = 2 * (whole - t)                      # what a rollout has besides, of which backward has two layers
+            held[0] -= gathered
+            totals = [sum(held) + max(4 * t, (2 if full else 4) * t + most + 2 * gathered / L, gathered + rollout)
+                      for most in activations]
+            held[0] += gathered
             cards = [[card for card in (24, 48, 80) if total < 0.92 * card * GiB] for total in totals]
             fits = " ".join(f"{card}" if card in cards[0] else f"({card})" for card in cards[1]) or "none"
             row = [*held, 4 * t, *activations, rollout, *totals]
