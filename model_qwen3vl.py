@@ -389,7 +389,7 @@ class Qwen3VL(nn.Module):
                 order = done[going].long().argsort(dim=1, stable=True)[:, :width]     # unfinished samples first
                 token, done, segments = (x[going].gather(1, order) for x in (token, done, segments))
                 if len(going) < len(rows):
-                    cache.keep(going)
+                    cache.keep(going, width * (max_new_tokens - n - 1))
                 rows, position = rows[going], position[going]
             batch = Batch(token, position_ids=(position + n).expand(3, *token.shape), segments=segments)
             graph = graph or (CapturedStep(self, cache, batch) if captured else None)
@@ -811,13 +811,17 @@ class Cache:
     """Keys and values of earlier tokens, in fixed buffers. Samples of one prompt share its row and its prefix."""
 
     def __init__(self, cfg, rows, slots, dtype, device):
-        slots += -slots % 8                                      # CUDA's attention wants its masks aligned
-        shape = (cfg.num_hidden_layers, rows, cfg.num_key_value_heads, slots, cfg.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)             # (L, B, K, S, d)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.segments = torch.full((rows, slots), -1, device=device)        # (B, S)
+        self.sizes = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
+        self.kind = {"dtype": dtype, "device": device}
+        self.k, self.v, self.segments = self._room(rows, slots)
         self.end = 0                                             # slots in use; the forward moves it on
-        self.slots = None       # (T,) where the next tokens go, for a captured step: then all slots are read
+        self.slots = None       # (T,) where the next tokens go, once it is read whole
+
+    def _room(self, rows, slots):
+        slots += -slots % 8                                      # CUDA's attention wants its masks aligned
+        L, K, d = self.sizes
+        k, v = (torch.empty(L, rows, K, slots, d, **self.kind) for _ in range(2))               # (L, B, K, S, d)
+        return k, v, torch.full((rows, slots), -1, device=self.kind["device"])                  # (B, S)
 
     def write(self, layer, k, v):
         """k, v: (B, T, K, d) of new tokens -> those of all slots up to them, (B, S, K, d)."""
@@ -829,9 +833,19 @@ class Cache:
                 buffer[layer].index_copy_(2, self.slots, new.transpose(1, 2))
         return (buffer[layer, :, :, :stop if self.slots is None else None].transpose(1, 2) for buffer in (self.k, self.v))
 
-    def keep(self, rows):
-        """Drop all rows but these."""
-        self.k, self.v, self.segments = self.k[:, rows], self.v[:, rows], self.segments[rows]
+    def read_whole(self, width):
+        """From now on all slots are read, and `width` tokens written at `slots`, for a captured step."""
+        self.slots = torch.arange(self.end, self.end + width, device=self.k.device)
+        for buffer in (self.k, self.v):
+            buffer[:, :, :, self.end:] = 0                  # times 0 it must be 0, whatever was there
+
+    def keep(self, rows, more):
+        """Drop all rows but these, and all slots but those in use and as many more as may still come."""
+        old, used = (self.k, self.v, self.segments), self.end
+        self.k, self.v, self.segments = self._room(len(rows), used + more)
+        for new, was in zip((self.k, self.v), old):
+            new[:, :, :, :used] = was[:, rows, :, :used]
+        self.segments[:, :used] = old[2][rows, :used]
 
 
 class CapturedStep:
@@ -843,7 +857,7 @@ class CapturedStep:
 
     def __init__(self, model, cache, batch):
         self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
-        cache.slots = torch.arange(end, end + batch.input_ids.shape[1], device=model.device)
+        cache.read_whole(batch.input_ids.shape[1])
         exact = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)       # no two tokens share a slot: writing is exact without a sort
         side = torch.cuda.Stream()
