@@ -346,7 +346,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     resting = set()                     # prompts whose last group was silent: all responses were worth the same
     stream = draw_prompts(pool, roles, cfg, rng, resting)
     bar = tqdm(range(1, cfg.steps + 1), desc="stage 2", unit="step", dynamic_ncols=True)
-    for step in survive(bar, log, stream, resting, optimizer, schedule, trained, mean, generator):
+    for step in survive(bar, log, stream, optimizer, trained, mean, resting, schedule, generator):
         started = time.perf_counter()
         rows, twins = next(stream)
 
@@ -637,13 +637,13 @@ def descend(model, proc, prompts, cfg, log):
     masks = saliency_masks(model, proc, forget, retain, trained, cfg, rng) if cfg.method == "mmunlearner" else []
     taught = answered_by_refusals(forget, prompts["target"], rng) if cfg.method == "idk" else forget
     pools = [(pool, shuffled_forever(range(len(pool)), rng)) for pool in (taught, retain)]
+    batches = iter(lambda: [pool.take([next(stream) for _ in range(cfg.baseline_batch)]) for pool, stream in pools], None)
     parts = probes(prompts, cfg, ("forget", "retain"))
     before, kept = quick_scores(model, proc, parts, cfg), [p.detach().clone() for p in trained]
     steps = cfg.baseline_epochs * -(-len(forget) // cfg.baseline_batch)
     bar = tqdm(range(1, steps + 1), desc=cfg.method, unit="step", dynamic_ncols=True)
-    for step in bar:
-        batch = [pool.take([next(stream) for _ in range(cfg.baseline_batch)]) for pool, stream in pools]
-        loss = baseline_loss(cfg.method, model, reference, proc, *batch, cfg.beta)
+    for step in survive(bar, log, batches, optimizer, trained, kept):
+        loss = baseline_loss(cfg.method, model, reference, proc, *next(batches), cfg.beta)
         loss.backward()
         for p, mask in zip(trained, masks):
             if p.grad is not None:
@@ -656,7 +656,8 @@ def descend(model, proc, prompts, cfg, log):
         log({"stage": cfg.method, "step": step, **line})
         bar.set_postfix({k: f"{v:.2f}" for k, v in line.items()})
         keep, go_on = verdict(cfg.stop, before, now)
-        kept = [p.detach().clone() for p in trained] if keep else kept
+        for value, p in zip(kept, trained if keep else ()):
+            value.copy_(p.detach())
         if not go_on:
             break
     for p, value in zip(trained, kept):
@@ -1229,7 +1230,8 @@ def like(value, p):
 
 # ------------------------------------------------------------------------------ surviving
 #
-#   checkpoint/step-000120.safetensors  what the optimizer moves and keeps, the running mean, the sampler's state
+#   checkpoint/step-000120.safetensors  what the optimizer moves and keeps, the weights that are kept (the running mean or,
+#                                       of a baseline, those of the last good check), the sampler's state
 #   checkpoint/step-000120.json         all else, and the sum of both: it is written last, so that what has it is whole
 
 
@@ -1282,8 +1284,9 @@ class Log(list):
                 file.unlink()
 
 
-def survive(bar, log, stream, resting, optimizer, schedule, trained, mean, generator):
-    """Stage 2's steps, with a checkpoint now and then; steps that --resume finds done are drawn again and not taken.
+def survive(bar, log, stream, optimizer, trained, kept, resting=frozenset(), schedule=None, generator=None):
+    """The steps of stage 2 or a baseline, with a checkpoint now and then; steps that --resume finds done are drawn again and
+    not taken.
 
     Ctrl-C and SIGTERM wait for the end of the step and a checkpoint; a second one waits for nothing.
     """
@@ -1292,7 +1295,7 @@ def survive(bar, log, stream, resting, optimizer, schedule, trained, mean, gener
         return
     done, woken = log.state.get("step", 0), log.state.get("woken", [])      # per step, who fell asleep or woke up
     if done:
-        restore(log, optimizer, schedule, trained, mean, generator)
+        restore(log, optimizer, trained, kept, schedule, generator)
     asked = []
 
     def heed(number, frame):
@@ -1301,46 +1304,50 @@ def survive(bar, log, stream, resting, optimizer, schedule, trained, mean, gener
         os.write(2, b"\nasru.py: stopping after this step; a second time: at once\n")      # print may be at work itself
 
     handlers = set_signals({signal.SIGINT: heed, signal.SIGTERM: heed})
-    for step in bar:
-        before = set(resting)
-        if step <= done:
-            next(stream)
-            resting.symmetric_difference_update(woken[step - 1])
-            continue
-        yield step
-        woken.append(sorted(before ^ resting))
-        asked += sum(in_turn(lambda _: asked[:], range(world()[1])), [])        # whichever process was sent it, all stop
-        if asked or log.every and (step % log.every == 0 or step == bar.total):
-            log.save({"step": step, "woken": woken, "lr": schedule.get_last_lr(), "schedule": schedule.state_dict()},
-                     state_tensors(optimizer, mean, generator))
-        if asked:
-            signal.raise_signal(asked[0])
-    set_signals(handlers)
+    try:
+        for step in bar:
+            before = set(resting)
+            if step <= done:
+                next(stream)
+                if woken[step - 1]:
+                    resting.symmetric_difference_update(woken[step - 1])
+                continue
+            yield step
+            woken.append(sorted(before ^ resting))
+            asked += sum(in_turn(lambda _: asked[:], range(world()[1])), [])    # whichever process was sent it, all stop
+            if asked or log.every and (step % log.every == 0 or step == bar.total):
+                pace = {"lr": schedule.get_last_lr(), "schedule": schedule.state_dict()} if schedule else {}
+                log.save({"step": step, "woken": woken, **pace}, state_tensors(optimizer, kept, generator))
+            if asked:
+                signal.raise_signal(asked[0])
+    finally:
+        set_signals(handlers)           # a baseline may leave before its last step
 
 
-def state_tensors(optimizer, mean, generator):
-    """{"what place": tensor}: float32 weights, what the optimizer keeps of each, their mean; the generator's state."""
+def state_tensors(optimizer, kept, generator):
+    """{"what place": tensor}: float32 weights, what the optimizer has of each, what is kept; the generator's state."""
     exact = optimizer.param_groups[0]["params"]
-    of_each = [{"weight": p, **optimizer.state[p], **({"mean": mean[i]} if mean else {})} for i, p in enumerate(exact)]
-    return {"generator 0": generator.get_state(),
+    of_each = [{"weight": p, **optimizer.state[p], **({"kept": kept[i]} if kept else {})} for i, p in enumerate(exact)]
+    return {**({"generator 0": generator.get_state()} if generator else {}),
             **{f"{what} {i}": whole(value) for i, found in enumerate(of_each) for what, value in found.items()}}
 
 
 @torch.no_grad()
-def restore(log, optimizer, schedule, trained, mean, generator):
+def restore(log, optimizer, trained, kept, schedule, generator):
     """Put all back where the checkpoint has it."""
     exact = optimizer.param_groups[0]["params"]
     for name, value in load_file(log.folder / f"{log.kept[0]}.safetensors").items():
         what, i = name.split()[0], int(name.split()[1])
         if what == "generator":
             generator.set_state(value)
-        elif what in ("weight", "mean"):
-            for p in (exact[i], trained[i]) if what == "weight" else (mean[i],):
+        elif what in ("weight", "kept"):
+            for p in (exact[i], trained[i]) if what == "weight" else (kept[i],):
                 p.copy_(like(value, p))
         else:
             optimizer.state[exact[i]][what] = like(value, exact[i]) if value.dim() else value.to(exact[i].device)
-    schedule.load_state_dict(log.state["schedule"])
-    optimizer.param_groups[0]["lr"], = log.state["lr"]
+    if schedule:
+        schedule.load_state_dict(log.state["schedule"])
+        optimizer.param_groups[0]["lr"], = log.state["lr"]
     log[:] = log.state["lines"]
 
 

@@ -2172,6 +2172,18 @@ def test_a_signal_ends_the_step_and_saves(short, tmp_path, capfd, monkeypatch, n
     assert short(tmp_path / "out", "--resume", "--checkpoint", 4) == short.whole
 
 
+def test_a_baseline_goes_on_too(short, tmp_path, capfd, monkeypatch):
+    """Its weights, what Adam has of them, the kept ones and the prompts still to come."""
+    flags = ["--method", "mmunlearner", "--baseline-lr", 2e-4]
+    monkeypatch.setattr(asru, "CHECK", 2)
+    whole = short(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        at_call(patch, 3, lambda: signal.raise_signal(signal.SIGTERM), "baseline_loss")
+        assert stopped(short, capfd, tmp_path / "out", *flags)[0] == 143 and saved(tmp_path / "out") == files_of(2, 3)
+    assert short(tmp_path / "out", "--resume", *flags) == whole
+    assert whole[0]["after"] != whole[0]["before"]
+
+
 def test_a_second_signal_and_one_outside_stage_2_stop_at_once(short, tmp_path, capfd, monkeypatch):
     for name, signals, call, status, kept in (
             ("group_advantage", [signal.SIGTERM, signal.SIGINT], 3, 130, files_of(1, 2)),
