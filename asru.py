@@ -253,12 +253,12 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
         answers = [[proc.plain(prompts.samples[i]["answer"]) + end] for i in rows]
         tokens, keep = pad_groups(answers, model.device)                    # (B, 1, C)
         batch = prompts.batch(rows, model.device)
-        P, fed = batch.input_ids.shape[1], keep[:, 0, 1:]                   # (B, C - 1) the last token is never read
+        fed = keep[:, 0, 1:]                                                # (B, C - 1) the last token is never read
         fed = fed & (torch.arange(fed.shape[1], device=fed.device) < cfg.hold)
 
         def record(value, site, index):
             if (site, index) == ("mlp_inner", layer):
-                found.append(value[:, P:][fed].double())
+                found.append(value[:, value.shape[1] - fed.shape[1]:][fed].double())
             return value
 
         model.continuations(batch, tokens, keep, hook=record)

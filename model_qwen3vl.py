@@ -252,12 +252,13 @@ class Qwen3VL(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
-    def forward(self, batch, hook=no_hook, cache=None):
-        """Tokens and pictures -> hidden states after the last norm, (B, T, D).
+    def forward(self, batch, hook=no_hook, cache=None, since=0):
+        """Tokens and pictures -> hidden states after the last norm, (B, T, D); (B, T - since, D) of columns `since` onwards.
 
         hook(value, site, layer) -> value is called at two sites of every decoder layer, and what it returns goes
         on: "mlp_inner" (B, T, F), which down_proj multiplies, and "resid" (B, T, D), the residual stream as the
-        next layer reads it. cache: a Cache to read earlier tokens from and append these to.
+        next layer reads it. cache: a Cache to read earlier tokens from and append these to. since: of what comes before it
+        the last layer makes keys and values alone; its hooks see the columns that are left.
         Raises ValueError where image tokens and pictures do not match.
         """
         ids = batch.input_ids                                               # (B, T)
@@ -275,7 +276,7 @@ class Qwen3VL(nn.Module):
             if len(slots[0]) != features.shape[1]:
                 raise ValueError(f"the text has {len(slots[0])} image tokens, the pictures give {features.shape[1]}")
             x = x.index_put(slots, features[0].to(x.dtype))
-        return self.text(x, positions, segments, batch.fork, slots, features, cache, hook)
+        return self.text(x, positions, segments, batch.fork, slots, features, cache, hook, since)
 
     def _image_features(self, batch):
         """(1 + DeepStack, tokens of all pictures, D), or None for text alone."""
@@ -320,10 +321,11 @@ class Qwen3VL(nn.Module):
         hidden = self(replace(
             batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=None,
             segments=torch.cat([real.long() - 1, torch.where(inside, sample + 1, -1)], 1),
-            position_ids=torch.cat([positions, place.expand(3, B, width)], 2), fork=fork if width else None), hook)  # (B, P + W, D)
+            position_ids=torch.cat([positions, place.expand(3, B, width)], 2), fork=fork if width else None),
+            hook, since=P - 1)                                              # (B, 1 + W, D)
         # The first token is predicted by the end of the prompt, token c by the column that token c - 1 went to.
-        source = torch.full((B, G, C), P - 1, device=device)
-        source[..., 1:] = column.view(B, G, C - 1)
+        source = torch.zeros(B, G, C, dtype=torch.long, device=device)
+        source[..., 1:] = column.view(B, G, C - 1) - (P - 1)
         return hidden[first[:, :, None].expand(B, G, C)[keep], source[keep]]
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
@@ -363,7 +365,7 @@ class Qwen3VL(nn.Module):
         cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
-        hidden = self(replace(batch, position_ids=positions), cache=cache)[:, -1:].expand(B, G, -1)     # (B, G, D)
+        hidden = self(replace(batch, position_ids=positions), cache=cache, since=P - 1).expand(B, G, -1)        # (B, G, D)
         position = positions.amax((0, 2))[:, None] + 1                      # (B, 1)
         segments = torch.arange(1, G + 1, device=device).expand(B, G)       # which sample each column continues
 
@@ -478,18 +480,20 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False      # activation checkpointing: backward makes each layer's activations again
 
-    def forward(self, x, positions, segments, fork, slots, features, cache, hook):
+    def forward(self, x, positions, segments, fork, slots, features, cache, hook, since):
         rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, T, 1, d)
         mask = visible(segments, fork, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
+        T, deep = x.shape[1], 0 if features is None else len(features) - 1
         for i, layer in enumerate(self.layers):
             again = self.recompute and torch.is_grad_enabled()
-            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, fork, cache, hook)  # (B, T, D)
-            if features is not None and i + 1 < len(features):  # DeepStack: detail enters after early layers
+            first = since if i + 1 == len(self.layers) > deep else 0
+            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, fork, cache, hook, first)  # (B, T, D)
+            if i < deep:                                   # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
             x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
         if cache is not None:
-            cache.end += x.shape[1]
-        return self.norm(x)
+            cache.end += T
+        return self.norm(x[:, x.shape[1] - (T - since):])                   # (B, T - since, D)
 
 
 class DecoderLayer(nn.Module):
@@ -500,8 +504,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg, index)
 
-    def forward(self, x, rope, mask, fork, cache, hook):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, fork, cache)
+    def forward(self, x, rope, mask, fork, cache, hook, since):
+        x = x[:, since:] + self.self_attn(self.input_layernorm(x), rope, mask, fork, cache, since)
         x = x + self.mlp(self.post_attention_layernorm(x), hook)
         return x
 
@@ -520,14 +524,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(d, cfg.rms_norm_eps)
 
-    def forward(self, x, rope, mask, fork, cache):
+    def forward(self, x, rope, mask, fork, cache, since):
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)           # (B, T, H, d)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)           # (B, T, K, d)
         v = self.v_proj(x).view(heads)                                      # (B, T, K, d)
         if cache is not None:
             k, v = cache.write(self.index, k, v)                            # (B, S, K, d)
-        return self.o_proj(attend(q, k, v, mask) if fork is None else attend_forked(q, k, v, mask, fork))   # (B, T, D)
+        out = attend(q, k, v, mask) if fork is None else attend_forked(q, k, v, mask, fork)             # (B, T, H * d)
+        return self.o_proj(out[:, since:])                                  # (B, T - since, D)
 
 
 def attend(q, k, v, mask=None):
