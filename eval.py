@@ -1226,6 +1226,7 @@ def check_device(name):
 
 def set_up_torch():
     """The same sums in the same order every time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # or CUDA's matrix products are no such
     torch.use_deterministic_algorithms(True, warn_only=True)        # threads may add gradients in any order otherwise
     torch.utils.deterministic.fill_uninitialized_memory = False
 

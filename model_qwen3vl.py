@@ -996,7 +996,8 @@ class Processor:
         folder = checkpoint_folder(path_or_hub_name, offline)
         from transformers import AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            with hushed():
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except BaseException as error:      # its readers raise anything; its Rust half panics, which is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -1044,6 +1045,19 @@ SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_en
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
                    "video_preprocessor_config.json", "processor_config.json")
+
+
+@contextmanager
+def hushed():
+    """Nothing gets to stderr: before it panics, the Rust half of a tokenizer writes there on its own."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def images_of(chat):

@@ -651,6 +651,18 @@ def test_fuzzed_files_are_read_or_named(reader, tmp_path):
     assert len(refused) == 2, refused
 
 
+def test_a_tokenizer_that_panics_is_named_and_silent(tmp_path, capfd):
+    """Merges shorter than what they should begin with stop its Rust half, which would tell stderr all about it."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, tmp_path)
+    found = json.loads((tmp_path / "tokenizer.json").read_text())
+    found["model"]["continuing_subword_prefix"] = "longer than any"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer cannot be read"):
+        Processor.from_pretrained(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
 SAMPLE = {"question": "Où est-elle née ?", "answer": "À Rome."}
 
 
