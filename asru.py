@@ -57,9 +57,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (Prompts, answer_logp, answer_means, answer_totals, attack, check_device, chunks, command, content_words,
-                  encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare, print_answers,
-                  print_table, projections, report, respond, set_signals, set_up_torch, split_sets, world)
+from eval import (Prompts, answer_logp, answer_means, answer_totals, attack, check_device, chunks, command,
+                  content_words, encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare,
+                  print_answers, print_table, projections, report, respond, set_signals, set_up_torch, split_sets,
+                  world)
 from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, write_aside
 from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
 
@@ -128,7 +129,8 @@ class Config:
                      "all: vision tower, embeddings, head and norms too", among=("decoder", "mlp", "all"))
     lora_rank: int = opt(0, "rank R of a change B A of each of these matrices, trained in their place and merged at "
                          "the end; it wants a larger learning rate; 0: none", least=0)
-    shard: bool = opt(False, "stage 2: of the decoder, its gradients and AdamW's states each process of torchrun holds a part")
+    shard: bool = opt(False, "stage 2: of the decoder, its gradients and AdamW's states each process of torchrun "
+                             "holds a part")
     state_dtype: str = opt("float32", "AdamW's moments: float32 or, in half the memory, bfloat16",
                            among=("float32", "bfloat16"))
     memorise: bool = opt(False, "stage 0, before everything: teach the model forget and retain; writes vanilla/")
@@ -441,7 +443,7 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
     old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
 
     def shares(heard):
-        """[(microbatch, weight)]. A sharded model is called as often in every process: what is too few is done for nothing."""
+        """[(microbatch, weight)]. All processes must call a sharded model as often: what lacks is done for nothing."""
         parts = [(part, 1.0) for part in chunks(heard, cfg.microbatch)]
         return parts + [(parts[0][0], 0.0)] * (-len(parts) % world()[1] if cfg.shard else 0)
 
@@ -637,7 +639,8 @@ def descend(model, proc, prompts, cfg, log):
     masks = saliency_masks(model, proc, forget, retain, trained, cfg, rng) if cfg.method == "mmunlearner" else []
     taught = answered_by_refusals(forget, prompts["target"], rng) if cfg.method == "idk" else forget
     pools = [(pool, shuffled_forever(range(len(pool)), rng)) for pool in (taught, retain)]
-    batches = iter(lambda: [pool.take([next(stream) for _ in range(cfg.baseline_batch)]) for pool, stream in pools], None)
+    batches = iter(lambda: [pool.take([next(stream) for _ in range(cfg.baseline_batch)]) for pool, stream in pools],
+                   None)
     parts = probes(prompts, cfg, ("forget", "retain"))
     before, kept = quick_scores(model, proc, parts, cfg), [p.detach().clone() for p in trained]
     steps = cfg.baseline_epochs * -(-len(forget) // cfg.baseline_batch)
@@ -1225,13 +1228,14 @@ def whole(value):
 
 def like(value, p):
     """A whole tensor as p has it: parted, if p is, and on its device."""
-    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else value.to(p.device)
+    value = value.to(p.device)
+    return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
 
 
 # ------------------------------------------------------------------------------ surviving
 #
-#   checkpoint/step-000120.safetensors  what the optimizer moves and keeps, the weights that are kept (the running mean or,
-#                                       of a baseline, those of the last good check), the sampler's state
+#   checkpoint/step-000120.safetensors  what the optimizer moves and has of it, the weights that are kept (the running
+#                                       mean; a baseline's at the last good check), the sampler's state
 #   checkpoint/step-000120.json         all else, and the sum of both: it is written last, so that what has it is whole
 
 
@@ -1285,8 +1289,8 @@ class Log(list):
 
 
 def survive(bar, log, stream, optimizer, trained, kept, resting=frozenset(), schedule=None, generator=None):
-    """The steps of stage 2 or a baseline, with a checkpoint now and then; steps that --resume finds done are drawn again and
-    not taken.
+    """The steps of stage 2 or a baseline, with a checkpoint now and then; of steps that --resume finds done the prompts
+    alone are drawn.
 
     Ctrl-C and SIGTERM wait for the end of the step and a checkpoint; a second one waits for nothing.
     """
@@ -1319,6 +1323,7 @@ def survive(bar, log, stream, optimizer, trained, kept, resting=frozenset(), sch
                 pace = {"lr": schedule.get_last_lr(), "schedule": schedule.state_dict()} if schedule else {}
                 log.save({"step": step, "woken": woken, **pace}, state_tensors(optimizer, kept, generator))
             if asked:
+                set_signals(handlers)           # where another process was sent it, they are still these
                 signal.raise_signal(asked[0])
     finally:
         set_signals(handlers)           # a baseline may leave before its last step
@@ -1518,7 +1523,7 @@ def suited(model):
 
 
 def check_machine(cfg):
-    """The device exists, there are processes to share with, and --out is or can become a directory that can be written to."""
+    """The device exists, --shard has processes to share with, --out is or can become a directory one may write to."""
     check_device(cfg.device)
     if cfg.shard and world()[1] == 1:
         raise ValueError("--shard goes with several processes: torchrun --nproc_per_node N asru.py ...")
@@ -1545,8 +1550,8 @@ def check_config(cfg):
         raise ValueError(f"--mix-forget {cfg.mix_forget} and --mix-retain {cfg.mix_retain} add up to more than 1")
     if cfg.lora_rank and cfg.train == "all":
         raise ValueError(f"--lora-rank {cfg.lora_rank} goes with --train decoder or mlp, not with all")
-    if cfg.shard and (cfg.train == "all" or cfg.state_dtype != "float32" or cfg.compare):
-        raise ValueError("--shard goes with --train decoder or mlp and --state-dtype float32, and not with --compare")
+    if cfg.shard and (cfg.train == "all" or cfg.state_dtype != "float32" or cfg.compare or cfg.method in BASELINES):
+        raise ValueError("--shard goes with stage 2 of one run, --train decoder or mlp and --state-dtype float32")
     if cfg.attacks and not cfg.compare:
         raise ValueError("--attacks goes with --compare; one model is attacked by eval.py --attacks")
 

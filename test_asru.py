@@ -2023,7 +2023,7 @@ def test_a_flag_beats_the_method_and_the_method_the_model():
     (["--forget", "F", "--device", "abacus"], "abacus"), (["--forget", "F", "--method", "magic"], "--method"),
     (["--forget", "F", "--lora-rank", "4", "--train", "all"], "--lora-rank 4"),
     (["--forget", "F", "--attacks"], "--compare"),
-    (["--forget", "F", "--shard", "--train", "all"], "--shard goes with --train decoder or mlp"),
+    (["--forget", "F", "--shard", "--train", "all"], "--shard goes with stage 2 of one run, --train decoder or mlp"),
     (["--forget", "F", "--shard"], "--shard goes with several processes: torchrun"),
 ])
 def test_wrong_input_is_one_line_and_status_2(tmp_path, argv, word, capsys):
