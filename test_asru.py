@@ -1955,7 +1955,7 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
 
 def test_two_processes_are_one(tmp_path):
     """torchrun with two processes gives the losses, answers and weights of one, sharded or not; the first alone writes and speaks."""
-    argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=3), "--steps", 2, "--prompts", 8, "--group", 2, "--minibatch", 4,
+    argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=6), "--steps", 2, "--prompts", 8, "--group", 2, "--minibatch", 4,
                              "--microbatch", 1, "--max-new-tokens", 12, "--begun", 0.3, "--rest", 0)]
     script = tmp_path / "both.py"       # in one call, as imports take longer than runs
     script.write_text("import sys\nimport asru\nfor name, *more in (['whole'], ['sharded', '--shard']):\n"
