@@ -1227,8 +1227,8 @@ def whole(value):
 
 
 def like(value, p):
-    """A whole tensor as p has it: parted, if p is, and on its device."""
-    value = value.to(p.device)
+    """A copy of a whole tensor as p has it: parted, if p is, and on its device."""
+    value = value.to(p.device, copy=True)
     return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
 
 
@@ -1349,7 +1349,7 @@ def restore(log, optimizer, trained, kept, schedule, generator):
             for p in (exact[i], trained[i]) if what == "weight" else (kept[i],):
                 p.copy_(like(value, p))
         else:
-            optimizer.state[exact[i]][what] = like(value, exact[i]) if value.dim() else value.to(exact[i].device)
+            optimizer.state[exact[i]][what] = like(value, exact[i]) if value.dim() else value.to(exact[i].device, copy=True)
     if schedule:
         schedule.load_state_dict(log.state["schedule"])
         optimizer.param_groups[0]["lr"], = log.state["lr"]
