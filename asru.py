@@ -44,7 +44,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ from eval import (Prompts, answer_logp, answer_means, answer_totals, attack, che
                   content_words, encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare,
                   print_answers, print_table, projections, report, respond, set_signals, set_up_torch, split_sets,
                   world)
-from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, write_aside
+from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, leaders, read_json, write_aside
 from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
@@ -513,15 +513,17 @@ def response_logp(model, reference, batch, tokens, keep, cfg):
 
     Both are of the distribution that `generate` samples from; the reference is cut to the policy's nucleus, so
     that their KL is one between two distributions over the same tokens. The head works in chunks, whose logits
-    are made again in backward: no (n, V) tensor outlives its chunk.
+    are made again in backward: no (m, V) tensor outlives its chunk.
     """
-    chosen = tokens[keep]                                                   # (n,)
-    hidden = model.continuations(batch, tokens, keep)                       # (n, D)
+    leader, node = leaders(tokens, keep)            # a token that follows the same words in two responses is one node
+    number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
+    of_token, chosen = number.gather(1, leader)[keep], tokens[node]         # (n,), (m,) m nodes
+    hidden = model.continuations(batch, tokens, keep)[node[keep]]           # (m, D)
     with torch.no_grad():
-        hidden_ref = hidden if reference is None else reference.continuations(batch, tokens, keep)
+        hidden_ref = hidden if reference is None else reference.continuations(batch, tokens, keep)[node[keep]]
 
     def head(hidden, hidden_ref, chosen):
-        p = model.distribution(hidden, cfg.temperature, cfg.top_p, include=chosen)              # (n, V)
+        p = model.distribution(hidden, cfg.temperature, cfg.top_p, include=chosen)              # (m, V)
         logp = p.gather(1, chosen[:, None])[:, 0]
         if reference is None:
             return logp, logp.detach()
@@ -531,10 +533,9 @@ def response_logp(model, reference, batch, tokens, keep, cfg):
 
     size = max(1, HEAD_CHUNK // model.cfg.text.vocab_size)
     parts = list(zip(hidden.split(size), hidden_ref.split(size), chosen.split(size)))
-    if len(parts) == 1:
-        return head(*parts[0])
-    logp, logp_ref = zip(*(checkpoint(head, *part, use_reentrant=False) for part in parts))
-    return torch.cat(logp), torch.cat(logp_ref)
+    again = partial(checkpoint, head, use_reentrant=False) if len(parts) > 1 else head
+    logp, logp_ref = map(torch.cat, zip(*(again(*part) for part in parts)))                     # (m,)
+    return logp[of_token], logp_ref[of_token]
 
 
 HEAD_CHUNK = 2**25      # logits made at a time

@@ -189,8 +189,8 @@ def _build(cls, values, where):
 class Batch:
     """Rows of tokens, left-padded, with their pictures.
 
-    A row may hold several continuations of one prompt: `segments` is -1 for padding, 0 for the prompt and 1..G for
-    its continuations; a token sees the prompt and its own continuation. That is how G responses share a prefix.
+    A row may hold several continuations of one prompt, which share it and what they say alike: `segments` tells for
+    each token which continuations run through it, as bits; a token sees what it shares a bit with.
     """
     input_ids: torch.Tensor                    # (B, T)
     attention_mask: torch.Tensor = None        # (B, T) 1 for real tokens; None: all real
@@ -198,8 +198,8 @@ class Batch:
     image_grid_thw: torch.Tensor = None        # (pictures, 3) patches per picture: 1, rows, columns
     image_features: list = None       # per picture (1 + DeepStack, M, D): what encode_images made of it
     position_ids: torch.Tensor = None    # (3, B, T) time, height, width; None: computed from the tokens
-    segments: torch.Tensor = None              # (B, T); None: prompts alone
-    fork: "Fork" = None                        # where whole continuations lie behind their prompts
+    segments: torch.Tensor = None              # (B, T) sets of continuations, PROMPT or PADDING; None: prompts alone
+    fork: "Fork" = None                        # where continuations lie
 
     def to(self, device):
         def move(value):
@@ -210,12 +210,20 @@ class Batch:
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
+PADDING = 2**62
+PROMPT = PADDING - 1                           # all 62 continuations that there can be
+
+
 @dataclass
 class Fork:
-    """Continuations lie packed behind their prompt, so that nothing is computed for padding, and attend one a line."""
-    prompt: int                                # P, columns of the prompt
-    spread: torch.Tensor                       # (B, G, C) place in (B * T) of a continuation's tokens; any, behind its end
-    pack: torch.Tensor                         # (B, W) place in (B * G * C) of the columns behind the prompt
+    """Continuations are a tree: what some of them say alike is computed once, and nothing is computed for padding.
+
+    Its nodes lie packed behind their prompt and attend one continuation a line; in decoding, where a cache holds
+    what came before, those of one step lie packed in a single row and attend one prompt a line.
+    """
+    prompt: int                                # P, columns of the prompt; in decoding 0
+    spread: torch.Tensor                       # (B, G, C) place in (B * T) of a continuation's tokens, any behind its end; (B, W)
+    pack: torch.Tensor                         # (B, W) place in (B * G * C) of the columns behind the prompt; (1, N)
 
 
 def no_hook(value, site, layer):
@@ -265,10 +273,10 @@ class Qwen3VL(nn.Module):
         segments = batch.segments
         if segments is None:
             mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask
-            segments = mask.long() - 1                                     # (B, T) padding -1, prompt 0
+            segments = PADDING - mask.long()                                # (B, T) PADDING or PROMPT
         positions = batch.position_ids
         if positions is None:
-            positions = mrope_positions(ids, segments >= 0, batch.image_grid_thw, self.cfg)  # (3, B, T)
+            positions = mrope_positions(ids, segments != PADDING, batch.image_grid_thw, self.cfg)  # (3, B, T)
         x = self.text.embed_tokens(ids)                                     # (B, T, D)
         slots, features = None, self._image_features(batch)
         if features is not None:
@@ -301,31 +309,32 @@ class Qwen3VL(nn.Module):
         """Hidden states that predict the kept tokens of G continuations per prompt: (kept, D), in keep's order.
 
         tokens: (B, G, C) continuations of each row of the batch; keep: (B, G, C) bool, true from the first token
-        up to some last one. A prompt is computed once: its continuations lie beside each other behind it (see
-        Batch), so that the work of a group is P + G * C tokens and not G * (P + C).
+        up to some last one. A prompt is computed once and so is what some continuations begin with alike: the work of a
+        group is P tokens and those of its tree, not G * (P + C).
         """
         B, G, C = tokens.shape
         P, device = batch.input_ids.shape[1], tokens.device
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)  # (3, B, P)
-        fed = keep[..., 1:].flatten(1)                  # (B, G * (C - 1)) a last token predicts nothing
-        width = int(fed.sum(1).max())
-        order = (~fed).long().argsort(dim=1, stable=True)[:, :width]  # (B, W) fed tokens first, padding behind
-        inside = fed.gather(1, order)                                       # (B, W)
-        sample, step = order // max(C - 1, 1), order % max(C - 1, 1)
-        ids = tokens[..., :-1].flatten(1).gather(1, order).masked_fill(~inside, self.cfg.pad_token_id)
+        fed = keep[..., 1:]                             # (B, G, C - 1) a last token predicts nothing
+        leader, node = leaders(tokens[..., :-1], fed)                       # (B, G, C - 1) each
+        node = node.flatten(1)
+        width = int(node.sum(1).max())
+        order = (~node).long().argsort(dim=1, stable=True)[:, :width]       # (B, W) nodes first, padding behind
+        step = order % max(C - 1, 1)
+        ids = tokens[..., :-1].flatten(1).gather(1, order).masked_fill(~node.gather(1, order), self.cfg.pad_token_id)
         place = positions.amax((0, 2))[:, None] + 1 + step                  # (B, W)
         first = torch.arange(B, device=device)[:, None]                     # (B, 1)
-        column = P + (fed.long().cumsum(1) - 1).clamp_min(0)                # (B, G * (C - 1)) where a fed token lies
-        fork = Fork(P, (first * (P + width) + column).view(B, G, C - 1), first * G * (C - 1) + order)
+        column = P + (node.long().cumsum(1) - 1).clamp_min(0)               # (B, G * (C - 1)) where a node lies
+        column = column.view(B, G, C - 1).gather(1, leader)                 # (B, G, C - 1) where a fed token lies
+        fork = Fork(P, first[:, :, None] * (P + width) + column, first * G * (C - 1) + order)
         hidden = self(replace(
-            batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=None,
-            segments=torch.cat([real.long() - 1, torch.where(inside, sample + 1, -1)], 1),
+            batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=real,
             position_ids=torch.cat([positions, place.expand(3, B, width)], 2), fork=fork if width else None),
             hook, since=P - 1)                                              # (B, 1 + W, D)
         # The first token is predicted by the end of the prompt, token c by the column that token c - 1 went to.
         source = torch.zeros(B, G, C, dtype=torch.long, device=device)
-        source[..., 1:] = column.view(B, G, C - 1) - (P - 1)
+        source[..., 1:] = column - (P - 1)
         return hidden[first[:, :, None].expand(B, G, C)[keep], source[keep]]
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
@@ -355,8 +364,9 @@ class Qwen3VL(nn.Module):
         chance: (B, num_samples, max_new_tokens) float64 in [0, 1), the random numbers instead, one per token: what a row
         says then does not hang on what else is in its batch.
         """
-        if max_new_tokens < 1 or num_samples < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens}, num_samples {num_samples}: at least 1 is needed")
+        if max_new_tokens < 1 or not 1 <= num_samples <= 62:
+            raise ValueError(f"max_new_tokens {max_new_tokens}, num_samples {num_samples}: at least 1 is needed, of "
+                             "samples at most 62")
         cfg, device, G = self.cfg, self.device, num_samples
         B, P = batch.input_ids.shape
         eos = torch.tensor(cfg.eos_token_ids, device=device)
@@ -365,49 +375,52 @@ class Qwen3VL(nn.Module):
         cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
-        hidden = self(replace(batch, position_ids=positions), cache=cache, since=P - 1).expand(B, G, -1)        # (B, G, D)
-        position = positions.amax((0, 2))[:, None] + 1                      # (B, 1)
-        segments = torch.arange(1, G + 1, device=device).expand(B, G)       # which sample each column continues
+        hidden = self(replace(batch, position_ids=positions), cache=cache, since=P - 1)                 # (B, 1, D)
+        position = positions.amax((0, 2)) + 1                               # (B,)
+        rows = owner = torch.arange(B, device=device)           # prompts still decoded; the prompt of each of N nodes
+        node = rows[:, None].expand(B, G)                       # where each sample stands
 
         if temperature > 0 and chance is None:
             chance = torch.rand(B, G, max_new_tokens, dtype=torch.float64, generator=generator, device=device)
         tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
-        rows = torch.arange(B, device=device)                               # prompts still decoded, by their place
         captured, graph = self.captured and device.type == "cuda", None
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
-            place = rows[:, None], segments - 1, n                          # of what is still decoded, in `tokens`
-            token = self._next_token(hidden, temperature, top_p, None if chance is None else chance[place])
-            token = token.masked_fill(done, cfg.pad_token_id)
-            tokens[place] = token
+            drawn = self._next_token(hidden.flatten(0, 1), owner, temperature, top_p, None if chance is None else chance[rows, :, n])
+            token = drawn.expand(-1, G)[node, torch.arange(G, device=device)].masked_fill(done, cfg.pad_token_id)       # (B, G)
+            tokens[rows, :, n] = token
             done = done | torch.isin(token, eos)
-            if n + 1 == max_new_tokens or done.all():
+            alive = int((~done).sum())
+            if n + 1 == max_new_tokens or not alive:
                 break
-            # 3 Finished samples and prompts leave, once enough of them do to pay for moving the rest (and a new graph).
-            going, width = (~done).any(1).nonzero()[:, 0], int((~done).sum(1).max())
-            if len(going) * width <= (0.5 if captured else 0.75) * done.numel():
-                graph = None
-                order = done[going].long().argsort(dim=1, stable=True)[:, :width]     # unfinished samples first
-                token, done, segments = (x[going].gather(1, order) for x in (token, done, segments))
-                if len(going) < len(rows):
-                    cache.keep(going, width * (max_new_tokens - n - 1))
-                rows, position = rows[going], position[going]
-            batch = Batch(token, position_ids=(position + n).expand(3, *token.shape), segments=segments)
+            # 3 Samples that have said the same are one node of the next step, finished ones none. The shapes of a captured
+            #   step are fixed: there each sample is its own, and finished ones stay until they are half of all.
+            if graph is None or alive <= len(owner) / 2:
+                graph, going = None, (~done).any(1).nonzero()[:, 0]
+                if len(going) <= 0.75 * len(rows):      # prompts leave once enough of them do to pay for moving the rest
+                    cache.keep(going, int((~done).sum(1).max()) * (max_new_tokens - n - 1))
+                    rows, position, node, token, done = (x[going] for x in (rows, position, node, token, done))
+                own = torch.arange(node.numel(), device=device).view_as(node)
+                member = ~done
+                node, owner, segments, fork = grow(own if captured else node * cfg.text.vocab_size + token, member)
+            ids = torch.full_like(owner, cfg.pad_token_id).index_put((node[member],), token[member])    # (N,)
+            shape = (1, -1) if fork else (len(rows), -1)                    # packed; as it is where nothing is to pack
+            batch = Batch(ids.view(shape), position_ids=(position[owner] + n).view(shape).expand(3, -1, -1),
+                          segments=segments, fork=fork)
             graph = graph or (CapturedStep(self, cache, batch) if captured else None)
-            hidden = graph(batch) if graph else self(batch, cache=cache)                                # (B, G, D)
+            hidden = graph(batch) if graph else self(batch, cache=cache)    # (1, N, D) or (B, W, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
-    def _next_token(self, hidden, temperature, top_p, chance):
-        """(B, G, D), chance (B, G) -> (B, G) token ids."""
+    def _next_token(self, hidden, owner, temperature, top_p, chance):
+        """What each of G samples would draw at each node: hidden (N, D), owner (N,), chance (B, G) -> (N, G) or (N, 1) token ids."""
         if temperature == 0.0:
             logits = self.logits(hidden)
             logits[..., self.cfg.never_sampled] = -torch.inf
-            return logits.argmax(-1)
+            return logits.argmax(-1, keepdim=True)
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
-        mass = self.distribution(hidden.flatten(0, 1), temperature, top_p).exp().cumsum(-1, dtype=torch.float64)   # (n, V)
-        point = chance.reshape(-1, 1) * mass[:, -1:]
-        return torch.searchsorted(mass, point, right=True).view(chance.shape)      # no token of p 0: there the sum is flat
+        mass = self.distribution(hidden, temperature, top_p).exp().cumsum(-1, dtype=torch.float64)      # (N, V)
+        return torch.searchsorted(mass, chance[owner] * mass[:, -1:], right=True)      # no token of p 0: there the sum is flat
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, dtype=None, device=None, offline=False):
@@ -492,7 +505,7 @@ class TextModel(nn.Module):
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
             x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
         if cache is not None:
-            cache.end += T
+            cache.end += segments.shape[1]
         return self.norm(x[:, x.shape[1] - (T - since):])                   # (B, T - since, D)
 
 
@@ -525,13 +538,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, cfg.rms_norm_eps)
 
     def forward(self, x, rope, mask, fork, cache, since):
-        heads = (*x.shape[:2], -1, self.head_dim)
+        heads, packed = (*x.shape[:2], -1, self.head_dim), cache is not None and fork is not None
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)           # (B, T, H, d)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)           # (B, T, K, d)
         v = self.v_proj(x).view(heads)                                      # (B, T, K, d)
+        if packed:
+            q, k, v = (at(x, fork.spread) for x in (q, k, v))               # (B, W, H or K, d)
         if cache is not None:
             k, v = cache.write(self.index, k, v)                            # (B, S, K, d)
-        out = attend(q, k, v, mask) if fork is None else attend_forked(q, k, v, mask, fork)             # (B, T, H * d)
+        out = attend_forked(q, k, v, mask, fork) if fork and not packed else attend(q, k, v, mask)      # (B, T, H * d)
+        out = at(out, fork.pack) if packed else out                         # (1, N, H * d)
         return self.o_proj(out[:, since:])                                  # (B, T - since, D)
 
 
@@ -549,10 +565,14 @@ def attend(q, k, v, mask=None):
     return out.view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
 
 
+def at(x, places):
+    """x: (B, T, ...), places: any shape, of places in (B * T) -> (*places, ...)."""
+    return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
+
+
 def attend_forked(q, k, v, masks, fork):
     """The prompt attends within itself, each continuation to the prompt and itself: G * C * (P + C) scores, not (P + G * C)**2."""
     P, (B, G, _) = fork.prompt, fork.spread.shape
-    at = lambda x, places: x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
 
     def lines(x):                           # keys or values of the prompt and of each continuation: (B * G, P + C, K, d)
         shared = x[:, None, :P].transpose(2, 3).expand(B, G, -1, P, -1)                         # (B, G, K, P, d)
@@ -587,6 +607,35 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+def leaders(tokens, keep):
+    """Continuations as a tree: who said each kept token, and all before it, first, and where that is the speaker itself.
+
+    tokens, keep: (B, G, C), keep true up to some last token -> (B, G, C) index of a sample, (B, G, C) bool: the tree's nodes.
+    """
+    alike = (tokens[:, :, None] == tokens[:, None]) & keep[:, :, None] & keep[:, None]             # (B, G, G, C)
+    leader = alike.long().cumprod(-1).argmax(2)                             # (B, G, C) the first of all that are alike
+    return leader, keep & (leader == torch.arange(tokens.shape[1], device=tokens.device)[:, None])
+
+
+def grow(path, member):
+    """The nodes of a decoding step: samples on equal paths are one.
+
+    path: (B, G), greater in a later prompt; member: (B, G) bool, who goes on. Returns the node of each sample (B, G), the
+    prompt of each of N nodes (N,), who runs through them (B, W), and their Fork, None where there are B * W.
+    """
+    found, inverse = path[member].unique(return_inverse=True)               # (N,), (members,)
+    node = torch.zeros_like(path).masked_scatter(member, inverse)           # (B, G)
+    prompt, sample = member.nonzero(as_tuple=True)
+    owner, number = torch.empty_like(found).index_put((inverse,), prompt), torch.arange(len(found), device=path.device)
+    column = number - torch.searchsorted(owner, owner)                      # (N,) place among those of its prompt
+    B, W, N = len(path), int(column.max()) + 1, len(found)
+    segments = torch.zeros(B, W, dtype=torch.long, device=path.device)
+    segments = segments.index_put((prompt, column[inverse]), 2**sample, accumulate=True)            # (B, W)
+    spread = torch.zeros_like(segments).index_put((owner, column), number)
+    fork = None if N == B * W else Fork(0, spread, (owner * W + column)[None])
+    return node, owner, segments.masked_fill(segments == 0, PADDING), fork
+
+
 def nucleus_threshold(p, top_p, k=64):
     """The probability of the last token of the nucleus, the smallest set that reaches top_p: (n, V) -> (n, 1).
 
@@ -603,22 +652,22 @@ def nucleus_threshold(p, top_p, k=64):
 def visible(segments, fork, cache, repeat, dtype):
     """What is added to attention's scores: 0 where a token sees a slot, the prompt's and its own continuation's up to
     itself; -inf elsewhere. (B, 1, H / K * T, S), made once for all layers; of a fork two: prompts', continuations'."""
-    if fork is not None:
+    if fork is not None and cache is None:
         P, (B, G, C) = fork.prompt, fork.spread.shape
         sees = torch.ones(B, G, C, P + C, dtype=torch.bool, device=segments.device).tril(P)
-        sees[..., :P] = (segments[:, None, None, :P] == 0)
+        sees[..., :P] = (segments == PROMPT)[:, None, None, :P]
         return visible(segments[:, :P], None, None, repeat, dtype), additive(sees.flatten(0, 1), repeat, dtype)
     T = segments.shape[1]
     past = 0
     seen = segments
     if cache is not None and cache.slots is not None:       # a captured step: an unwritten slot is of no segment
         seen = cache.segments.index_copy_(1, cache.slots, segments)         # (B, S)
-        return additive((seen[:, None] == 0) | (seen[:, None] == segments[..., None]), repeat, dtype)
+        return additive((seen[:, None] & segments[..., None]) != 0, repeat, dtype)
     if cache is not None:
         past = cache.end
         cache.segments[:, past:past + T] = segments
         seen = cache.segments[:, :past + T]                                 # (B, S)
-    mine = (seen[:, None, :] == 0) | (seen[:, None, :] == segments[:, :, None])     # (B, T, S)
+    mine = (seen[:, None, :] & segments[:, :, None]) != 0                   # (B, T, S)
     slot = torch.arange(past + T, device=segments.device)
     return additive(mine & (slot[None, :] <= slot[past:, None]), repeat, dtype)
 
@@ -826,7 +875,7 @@ class Cache:
         slots += -slots % 8                                      # CUDA's attention wants its masks aligned
         L, K, d = self.sizes
         k, v = (torch.empty(L, rows, K, slots, d, **self.kind) for _ in range(2))               # (L, B, K, S, d)
-        return k, v, torch.full((rows, slots), -1, device=self.kind["device"])                  # (B, S)
+        return k, v, torch.zeros(rows, slots, dtype=torch.long, device=self.kind["device"])     # (B, S) nobody's
 
     def write(self, layer, k, v):
         """k, v: (B, T, K, d) of new tokens -> those of all slots up to them, (B, S, K, d)."""
@@ -862,7 +911,7 @@ class CapturedStep:
 
     def __init__(self, model, cache, batch):
         self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
-        cache.read_whole(batch.input_ids.shape[1])
+        cache.read_whole(batch.segments.shape[1])
         exact = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)       # no two tokens share a slot: writing is exact without a sort
         side = torch.cuda.Stream()
@@ -881,7 +930,7 @@ class CapturedStep:
     def __call__(self, batch):
         for name in self.READ:
             getattr(self.batch, name).copy_(getattr(batch, name))
-        width = batch.input_ids.shape[1]
+        width = batch.segments.shape[1]
         self.cache.slots.copy_(torch.arange(self.cache.end, self.cache.end + width, device=self.hidden.device))
         self.graph.replay()
         self.cache.end += width

@@ -43,7 +43,7 @@ import eval
 import reward
 from eval import (STAGES, agreement, answer_logp, attack, attack_table, bleu, choose, distorted, encode, load_samples, mark, opened,
                   projections, relearn, report, respond, restored, rouge_n, rounded, score, split_facts, split_sets, ticks, told)
-from model_qwen3vl import Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions, open_image, write_aside
+from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions, open_image, write_aside
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 
 HERE = Path(__file__).parent
@@ -175,7 +175,7 @@ def test_cached_steps_equal_the_full_pass(captured):
     for t in range(ids.shape[1]):
         if captured:
             cache.slots.fill_(t)
-        steps.append(model(Batch(ids[:, t:t + 1], position_ids=positions[:, :, t:t + 1], segments=mask[:, t:t + 1] - 1), cache=cache))
+        steps.append(model(Batch(ids[:, t:t + 1], position_ids=positions[:, :, t:t + 1], segments=PADDING - mask[:, t:t + 1]), cache=cache))
     assert (torch.cat(steps, 1) - full)[mask.bool()].abs().max() < 1e-5
 
 
@@ -202,15 +202,17 @@ def test_rows_do_not_see_each_other_or_their_padding():
 
 
 def test_continuations_equal_one_at_a_time():
-    """Continuations beside each other behind one prompt, ragged, against the plain rows."""
-    model, batch = random_model(), mixed_batch()
-    tokens = torch.randint(8, 120, (3, 2, 5), generator=torch.Generator().manual_seed(0))
-    lengths = torch.tensor([[5, 2], [1, 3], [4, 1]])
+    """Continuations behind one prompt, ragged, what they begin with alike computed once, against the plain rows."""
+    model, batch, width = random_model(), mixed_batch(), []
+    tokens = torch.randint(8, 120, (3, 4, 5), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([[5, 2, 5, 4], [1, 3, 5, 5], [4, 1, 2, 2]])
+    tokens[0, 2, :3], tokens[0, 3], tokens[1, 3], tokens[2, 1:] = tokens[0, 0, :3], tokens[0, 0], tokens[1, 2], tokens[2, 0]
     keep = torch.arange(5) < lengths[:, :, None]
-    hidden = model.continuations(batch, tokens, keep)
+    hidden = model.continuations(batch, tokens, keep, lambda value, site, layer: width.append(value.shape[1]) or value)
     P, plain = batch.input_ids.shape[1], []
+    assert width[0] - P == 6            # row 0: 4 tokens, 1, one more behind three, none new; the last of each predicts nothing
     for b in range(3):
-        for g in range(2):
+        for g in range(4):
             ids = torch.cat([batch.input_ids, tokens[:, g]], 1)
             mask = torch.cat([batch.attention_mask, torch.ones(3, 5, dtype=torch.long)], 1)
             plain.append(model(Batch(ids, mask, batch.pixel_values, batch.image_grid_thw))[b, P - 1:P - 1 + lengths[b, g]])
@@ -229,6 +231,22 @@ def test_samples_differ_repeat_and_end():
             assert set(row[row.index(EOS) + 1:]) <= {PAD}
 
 
+def test_samples_that_say_the_same_are_computed_once(tiny):
+    """Samples of one prompt together, and each on its own with the same random numbers: the same tokens, less work."""
+    model, proc, data, prompts = tiny()
+    batch, work = prompts["forget"].batch(range(0, 40, 8), "cpu"), []
+    chance = torch.rand(5, 8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    watch = model.register_forward_hook(lambda module, args, hidden: work.append(hidden[..., 0].numel()))
+    together = model.generate(batch, 20, num_samples=8, temperature=1.5, chance=chance).view(5, 8, -1)
+    shared = sum(work)
+    work.clear()
+    for g in range(8):
+        alone = model.generate(batch, 20, temperature=1.5, chance=chance[:, g:g + 1])
+        assert torch.equal(together[:, g, :alone.shape[1]], alone)
+    watch.remove()
+    assert shared < 0.7 * sum(work) and len({tuple(row) for row in together[0].tolist()}) > 2
+
+
 def test_vision_tokens_are_never_sampled():
     """The policy that samples an image token breaks the next forward pass."""
     model, batch = random_model(tied=False), mixed_batch()
@@ -245,8 +263,8 @@ def test_vision_tokens_are_never_sampled():
 def test_sampler_draws_from_distribution():
     """Frequencies of 20,000 first tokens against `distribution`, which the update uses; none from outside the nucleus."""
     model = random_model()
-    batch = Batch(torch.tensor([[10, 11, 12]]))
-    tokens = model.generate(batch, 1, num_samples=20_000, temperature=1.5, top_p=0.8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.tensor([[10, 11, 12]]).repeat(400, 1))
+    tokens = model.generate(batch, 1, num_samples=50, temperature=1.5, top_p=0.8, generator=torch.Generator().manual_seed(0))
     p = model.distribution(model(batch)[:, -1], 1.5, 0.8).exp()[0]
     drawn = torch.bincount(tokens[:, 0], minlength=len(p)) / len(tokens)
     assert (p == 0).any() and drawn[p == 0].sum() == 0 and (drawn - p).abs().sum() / 2 < 0.03
