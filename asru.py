@@ -61,7 +61,7 @@ from eval import (Prompts, answer_logp, answer_means, answer_totals, attack, che
                   content_words, encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare,
                   print_answers, print_table, projections, report, respond, set_signals, set_up_torch, split_sets,
                   world)
-from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, leaders, read_json, write_aside
+from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, tree_of, write_aside
 from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
@@ -515,7 +515,7 @@ def response_logp(model, reference, batch, tokens, keep, cfg):
     that their KL is one between two distributions over the same tokens. The head works in chunks, whose logits
     are made again in backward: no (m, V) tensor outlives its chunk.
     """
-    leader, node = leaders(tokens, keep)            # a token that follows the same words in two responses is one node
+    leader, node, _ = tree_of(tokens, keep)         # a token that follows the same words in two responses is one node
     number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
     of_token, chosen = number.gather(1, leader)[keep], tokens[node]         # (n,), (m,) m nodes
     hidden = model.continuations(batch, tokens, keep)[node[keep]]           # (m, D)

@@ -189,8 +189,8 @@ def _build(cls, values, where):
 class Batch:
     """Rows of tokens, left-padded, with their pictures.
 
-    A row may hold several continuations of one prompt, which share it and what they say alike: `segments` tells for
-    each token which continuations run through it, as bits; a token sees what it shares a bit with.
+    A row may hold a tree: several continuations of one prompt, which share it and what they begin with alike. `segments`
+    tells which of them run through a token, as bits; a token sees those before it with which it shares one.
     """
     input_ids: torch.Tensor                    # (B, T)
     attention_mask: torch.Tensor = None        # (B, T) 1 for real tokens; None: all real
@@ -199,7 +199,7 @@ class Batch:
     image_features: list = None       # per picture (1 + DeepStack, M, D): what encode_images made of it
     position_ids: torch.Tensor = None    # (3, B, T) time, height, width; None: computed from the tokens
     segments: torch.Tensor = None              # (B, T) sets of continuations, PROMPT or PADDING; None: prompts alone
-    fork: "Fork" = None                        # where continuations lie
+    packing: "Packing" = None                  # of a decoding step
 
     def to(self, device):
         def move(value):
@@ -215,15 +215,10 @@ PROMPT = PADDING - 1                           # all 62 continuations that there
 
 
 @dataclass
-class Fork:
-    """Continuations are a tree: what some of them say alike is computed once, and nothing is computed for padding.
-
-    Its nodes lie packed behind their prompt and attend one continuation a line; in decoding, where a cache holds
-    what came before, those of one step lie packed in a single row and attend one prompt a line.
-    """
-    prompt: int                                # P, columns of the prompt; in decoding 0
-    spread: torch.Tensor                       # (B, G, C) place in (B * T) of a continuation's tokens, any behind its end; (B, W)
-    pack: torch.Tensor                         # (B, W) place in (B * G * C) of the columns behind the prompt; (1, N)
+class Packing:
+    """N nodes of a decoding step lie packed in one row, so that nothing is computed for padding, and attend prompt by prompt."""
+    spread: torch.Tensor                       # (B, W) place in the row of each prompt's nodes; any where there are fewer
+    pack: torch.Tensor                         # (1, N) place of each node in (B * W)
 
 
 def no_hook(value, site, layer):
@@ -284,7 +279,7 @@ class Qwen3VL(nn.Module):
             if len(slots[0]) != features.shape[1]:
                 raise ValueError(f"the text has {len(slots[0])} image tokens, the pictures give {features.shape[1]}")
             x = x.index_put(slots, features[0].to(x.dtype))
-        return self.text(x, positions, segments, batch.fork, slots, features, cache, hook, since)
+        return self.text(x, positions, segments, batch.packing, slots, features, cache, hook, since)
 
     def _image_features(self, batch):
         """(1 + DeepStack, tokens of all pictures, D), or None for text alone."""
@@ -317,25 +312,19 @@ class Qwen3VL(nn.Module):
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)  # (3, B, P)
         fed = keep[..., 1:]                             # (B, G, C - 1) a last token predicts nothing
-        leader, node = leaders(tokens[..., :-1], fed)                       # (B, G, C - 1) each
-        node = node.flatten(1)
-        width = int(node.sum(1).max())
-        order = (~node).long().argsort(dim=1, stable=True)[:, :width]       # (B, W) nodes first, padding behind
-        step = order % max(C - 1, 1)
-        ids = tokens[..., :-1].flatten(1).gather(1, order).masked_fill(~node.gather(1, order), self.cfg.pad_token_id)
-        place = positions.amax((0, 2))[:, None] + 1 + step                  # (B, W)
-        first = torch.arange(B, device=device)[:, None]                     # (B, 1)
-        column = P + (node.long().cumsum(1) - 1).clamp_min(0)               # (B, G * (C - 1)) where a node lies
-        column = column.view(B, G, C - 1).gather(1, leader)                 # (B, G, C - 1) where a fed token lies
-        fork = Fork(P, first[:, :, None] * (P + width) + column, first * G * (C - 1) + order)
+        leader, node, through = tree_of(tokens[..., :-1], fed)              # (B, G, C - 1) each
+        order = (~node).flatten(1).long().argsort(dim=1, stable=True)[:, :int(node.sum((1, 2)).max())]      # (B, W) nodes first
+        ids, inside, through = (x.flatten(1).gather(1, order) for x in (tokens[..., :-1], node, through))
+        place = positions.amax((0, 2))[:, None] + 1 + order % max(C - 1, 1)                                 # (B, W)
         hidden = self(replace(
-            batch, input_ids=torch.cat([batch.input_ids, ids], 1), attention_mask=real,
-            position_ids=torch.cat([positions, place.expand(3, B, width)], 2), fork=fork if width else None),
-            hook, since=P - 1)                                              # (B, 1 + W, D)
+            batch, input_ids=torch.cat([batch.input_ids, ids.masked_fill(~inside, self.cfg.pad_token_id)], 1),
+            segments=torch.cat([PADDING - real, through.masked_fill(~inside, PADDING)], 1),
+            position_ids=torch.cat([positions, place.expand(3, -1, -1)], 2)), hook, since=P - 1)            # (B, 1 + W, D)
         # The first token is predicted by the end of the prompt, token c by the column that token c - 1 went to.
-        source = torch.zeros(B, G, C, dtype=torch.long, device=device)
-        source[..., 1:] = column - (P - 1)
-        return hidden[first[:, :, None].expand(B, G, C)[keep], source[keep]]
+        column = node.flatten(1).cumsum(1).view_as(node).gather(1, leader)  # (B, G, C - 1) where a fed token lies
+        source = torch.cat([torch.zeros_like(tokens[..., :1]), column], 2)  # (B, G, C)
+        row = torch.arange(B, device=device)[:, None, None].expand(B, G, C)
+        return hidden[row[keep], source[keep]]
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
         """Log-probabilities of the next token exactly as `generate` samples it: (n, D) -> (n, V) float32.
@@ -403,11 +392,11 @@ class Qwen3VL(nn.Module):
                     rows, position, node, token, done = (x[going] for x in (rows, position, node, token, done))
                 own = torch.arange(node.numel(), device=device).view_as(node)
                 member = ~done
-                node, owner, segments, fork = grow(own if captured else node * cfg.text.vocab_size + token, member)
+                node, owner, segments, packing = branch(own if captured else node * cfg.text.vocab_size + token, member)
             ids = torch.full_like(owner, cfg.pad_token_id).index_put((node[member],), token[member])    # (N,)
-            shape = (1, -1) if fork else (len(rows), -1)                    # packed; as it is where nothing is to pack
+            shape = (1, -1) if packing else (len(rows), -1)                    # packed; as it is where nothing is to pack
             batch = Batch(ids.view(shape), position_ids=(position[owner] + n).view(shape).expand(3, -1, -1),
-                          segments=segments, fork=fork)
+                          segments=segments, packing=packing)
             graph = graph or (CapturedStep(self, cache, batch) if captured else None)
             hidden = graph(batch) if graph else self(batch, cache=cache)    # (1, N, D) or (B, W, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
@@ -493,14 +482,14 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False      # activation checkpointing: backward makes each layer's activations again
 
-    def forward(self, x, positions, segments, fork, slots, features, cache, hook, since):
+    def forward(self, x, positions, segments, packing, slots, features, cache, hook, since):
         rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, T, 1, d)
-        mask = visible(segments, fork, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
+        mask = visible(segments, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
         T, deep = x.shape[1], 0 if features is None else len(features) - 1
         for i, layer in enumerate(self.layers):
             again = self.recompute and torch.is_grad_enabled()
             first = since if i + 1 == len(self.layers) > deep else 0
-            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, fork, cache, hook, first)  # (B, T, D)
+            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, packing, cache, hook, first)  # (B, T, D)
             if i < deep:                                   # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
             x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
@@ -517,8 +506,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg, index)
 
-    def forward(self, x, rope, mask, fork, cache, hook, since):
-        x = x[:, since:] + self.self_attn(self.input_layernorm(x), rope, mask, fork, cache, since)
+    def forward(self, x, rope, mask, packing, cache, hook, since):
+        x = x[:, since:] + self.self_attn(self.input_layernorm(x), rope, mask, packing, cache, since)
         x = x + self.mlp(self.post_attention_layernorm(x), hook)
         return x
 
@@ -537,17 +526,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(d, cfg.rms_norm_eps)
 
-    def forward(self, x, rope, mask, fork, cache, since):
-        heads, packed = (*x.shape[:2], -1, self.head_dim), cache is not None and fork is not None
+    def forward(self, x, rope, mask, packing, cache, since):
+        heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)           # (B, T, H, d)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)           # (B, T, K, d)
         v = self.v_proj(x).view(heads)                                      # (B, T, K, d)
-        if packed:
-            q, k, v = (at(x, fork.spread) for x in (q, k, v))               # (B, W, H or K, d)
+        if packing is not None:
+            q, k, v = (at(y, packing.spread) for y in (q, k, v))            # (B, W, H or K, d)
         if cache is not None:
             k, v = cache.write(self.index, k, v)                            # (B, S, K, d)
-        out = attend_forked(q, k, v, mask, fork) if fork and not packed else attend(q, k, v, mask)      # (B, T, H * d)
-        out = at(out, fork.pack) if packed else out                         # (1, N, H * d)
+        out = attend(q, k, v, mask)                                         # (B, T, H * d)
+        if packing is not None:
+            out = at(out, packing.pack)                                     # (1, N, H * d)
         return self.o_proj(out[:, since:])                                  # (B, T - since, D)
 
 
@@ -568,19 +558,6 @@ def attend(q, k, v, mask=None):
 def at(x, places):
     """x: (B, T, ...), places: any shape, of places in (B * T) -> (*places, ...)."""
     return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
-
-
-def attend_forked(q, k, v, masks, fork):
-    """The prompt attends within itself, each continuation to the prompt and itself: G * C * (P + C) scores, not (P + G * C)**2."""
-    P, (B, G, _) = fork.prompt, fork.spread.shape
-
-    def lines(x):                           # keys or values of the prompt and of each continuation: (B * G, P + C, K, d)
-        shared = x[:, None, :P].transpose(2, 3).expand(B, G, -1, P, -1)                         # (B, G, K, P, d)
-        return torch.cat([shared, at(x, fork.spread).transpose(2, 3)], 3).flatten(0, 1).transpose(1, 2)
-
-    prompt = attend(q[:, :P], k[:, :P], v[:, :P], masks[0])                                     # (B, P, H * d)
-    spoken = attend(at(q, fork.spread).flatten(0, 1), lines(k), lines(v), masks[1])             # (B * G, C, H * d)
-    return torch.cat([prompt, at(spoken, fork.pack)], 1)                                        # (B, T, H * d)
 
 
 class MLP(nn.Module):
@@ -607,21 +584,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def leaders(tokens, keep):
-    """Continuations as a tree: who said each kept token, and all before it, first, and where that is the speaker itself.
+def tree_of(tokens, keep):
+    """Continuations as a tree: what some of them begin with alike is one branch, and its nodes are those of the first.
 
-    tokens, keep: (B, G, C), keep true up to some last token -> (B, G, C) index of a sample, (B, G, C) bool: the tree's nodes.
+    tokens, keep: (B, G, C), keep true up to some last token. Returns, each (B, G, C): the first sample that says this token
+    and all before it alike; whether that is the sample itself; all that do, as bits (see Batch).
     """
-    alike = (tokens[:, :, None] == tokens[:, None]) & keep[:, :, None] & keep[:, None]             # (B, G, G, C)
-    leader = alike.long().cumprod(-1).argmax(2)                             # (B, G, C) the first of all that are alike
-    return leader, keep & (leader == torch.arange(tokens.shape[1], device=tokens.device)[:, None])
+    alike = (tokens[:, :, None] == tokens[:, None]) & keep[:, :, None] & keep[:, None]
+    alike = alike.long().cumprod(-1)                                        # (B, G, G, C) 1 or 0
+    sample = torch.arange(tokens.shape[1], device=tokens.device)
+    leader = alike.argmax(2)                                                # (B, G, C) the first of those that are 1
+    return leader, keep & (leader == sample[:, None]), (alike * 2**sample[:, None]).sum(2)
 
 
-def grow(path, member):
+def branch(path, member):
     """The nodes of a decoding step: samples on equal paths are one.
 
     path: (B, G), greater in a later prompt; member: (B, G) bool, who goes on. Returns the node of each sample (B, G), the
-    prompt of each of N nodes (N,), who runs through them (B, W), and their Fork, None where there are B * W.
+    prompt of each of N nodes (N,), who runs through them (B, W), and their Packing, None where there are B * W.
     """
     found, inverse = path[member].unique(return_inverse=True)               # (N,), (members,)
     node = torch.zeros_like(path).masked_scatter(member, inverse)           # (B, G)
@@ -632,8 +612,8 @@ def grow(path, member):
     segments = torch.zeros(B, W, dtype=torch.long, device=path.device)
     segments = segments.index_put((prompt, column[inverse]), 2**sample, accumulate=True)            # (B, W)
     spread = torch.zeros_like(segments).index_put((owner, column), number)
-    fork = None if N == B * W else Fork(0, spread, (owner * W + column)[None])
-    return node, owner, segments.masked_fill(segments == 0, PADDING), fork
+    packing = None if N == B * W else Packing(spread, (owner * W + column)[None])
+    return node, owner, segments.masked_fill(segments == 0, PADDING), packing
 
 
 def nucleus_threshold(p, top_p, k=64):
@@ -649,14 +629,11 @@ def nucleus_threshold(p, top_p, k=64):
     return top.gather(1, (before < top_p).sum(-1, keepdim=True) - 1)
 
 
-def visible(segments, fork, cache, repeat, dtype):
-    """What is added to attention's scores: 0 where a token sees a slot, the prompt's and its own continuation's up to
-    itself; -inf elsewhere. (B, 1, H / K * T, S), made once for all layers; of a fork two: prompts', continuations'."""
-    if fork is not None and cache is None:
-        P, (B, G, C) = fork.prompt, fork.spread.shape
-        sees = torch.ones(B, G, C, P + C, dtype=torch.bool, device=segments.device).tril(P)
-        sees[..., :P] = (segments == PROMPT)[:, None, None, :P]
-        return visible(segments[:, :P], None, None, repeat, dtype), additive(sees.flatten(0, 1), repeat, dtype)
+def visible(segments, cache, repeat, dtype):
+    """What is added to attention's scores: 0 where a token sees a slot, -inf elsewhere; made once for all layers.
+
+    segments: (B, T), see Batch -> (B, 1, H / K * T, S); a token sees itself and what came before it on its own paths.
+    """
     T = segments.shape[1]
     past = 0
     seen = segments
