@@ -138,7 +138,8 @@ class Case:
 
     def __init__(self, name, sides=("ours", "transformers"), device="cpu", Q=2, G=8, prompt=350, response=40):
         torch.manual_seed(0)
-        self.Q, self.G, self.R = (16, 8, 20) if name == "embedded" else (Q, G, response)
+        self.Q, self.G, self.R = (16, 8, 12) if name == "embedded" else (Q, G, response)       # its answers have 11 on average
+        self.temperature = json.loads((EMBEDDED / "asru.json").read_text())["temperature"] if name == "embedded" else 1.5
         if name == "embedded":
             self.model = Qwen3VL.from_pretrained(EMBEDDED)
             self.batch, self.pool = embedded_prompts(self.model, self.Q)
@@ -148,7 +149,7 @@ class Case:
                 self.model = Qwen3VL(Qwen3VLConfig.from_dict(shape_of(name))).to(dtype).eval()
             self.batch, self.pool = random_prompts(self.model, self.Q, prompt)
         object.__setattr__(self.model.cfg, "eos_token_ids", ())
-        self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, top_p=1.0, prompts=self.Q, minibatch=self.Q,
+        self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, temperature=self.temperature, top_p=1.0, prompts=self.Q, minibatch=self.Q,
                                microbatch=6 if name == "embedded" else 2)
         self.reward, self.generator = Reward(), torch.Generator(device).manual_seed(0)
         if "transformers" in sides:
@@ -182,7 +183,7 @@ class Case:
         self.model(self.batch)
 
     def decode(self):
-        return self.model.generate(self.batch, self.R, self.G, 1.5, 1.0, self.generator)
+        return self.model.generate(self.batch, self.R, self.G, self.temperature, 1.0, self.generator)
 
     def step(self):
         rows = list(range(self.Q))
@@ -205,7 +206,7 @@ class Case:
 
     @torch.no_grad()
     def hf_decode(self):
-        return self.hf.generate(**self.inputs, do_sample=True, temperature=1.5, top_k=0, top_p=1.0, num_return_sequences=self.G,
+        return self.hf.generate(**self.inputs, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0, num_return_sequences=self.G,
                                 max_new_tokens=self.R, min_new_tokens=self.R, eos_token_id=None, pad_token_id=0,
                                 suppress_tokens=self.model.cfg.never_sampled)
 
@@ -224,7 +225,7 @@ class Case:
                 "image_grid_thw": self.inputs["image_grid_thw"].repeat_interleave(self.G, 0)}
 
         def logp(model):
-            logits = model(**full, logits_to_keep=self.R + 1).logits[:, :-1].float() / 1.5
+            logits = model(**full, logits_to_keep=self.R + 1).logits[:, :-1].float() / self.temperature
             return logits.log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0]
 
         with torch.no_grad():
