@@ -93,7 +93,7 @@ class Config:
 
     steps: int = opt(100, "stage 2: rollout steps", least=0)
     prompts: int = opt(64, "stage 2: prompts per step, Q", least=1)
-    group: int = opt(8, "stage 2: responses per prompt, G", least=2)
+    group: int = opt(8, "stage 2: responses per prompt, G", least=2, most=62)
     minibatch: int = opt(2, "stage 2: prompts per optimizer step", least=1)
     microbatch: int = opt(16, "stage 2: prompts per forward and backward; for memory alone", least=1)
     recompute: bool = opt(False, "stage 2: make activations again in backward: a third more work, far less memory")

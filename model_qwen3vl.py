@@ -3,7 +3,7 @@
     Qwen3VL            the network; its parameters carry the names of a Hugging Face checkpoint
       VisionModel        patches -> blocks -> merger, and a DeepStack merger for some of the blocks
       TextModel          embeddings -> decoder layers, with an explicit hook on the residual stream -> norm
-    generate           one prefill per prompt; its samples share the prefix; finished prompts leave
+    generate           one prefill per prompt; its samples are a tree: what they begin with alike is computed once
     Processor          chat and pictures -> Batch, left-padded
     load, save         Hugging Face layout, safetensors only
 
@@ -216,7 +216,7 @@ PROMPT = PADDING - 1                           # all 62 continuations that there
 
 @dataclass
 class Packing:
-    """N nodes of a decoding step lie packed in one row, so that nothing is computed for padding, and attend prompt by prompt."""
+    """N nodes of a decoding step lie in one row, so that nothing is computed for padding, and attend prompt by prompt."""
     spread: torch.Tensor                       # (B, W) place in the row of each prompt's nodes; any where there are fewer
     pack: torch.Tensor                         # (1, N) place of each node in (B * W)
 
@@ -313,7 +313,8 @@ class Qwen3VL(nn.Module):
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)  # (3, B, P)
         fed = keep[..., 1:]                             # (B, G, C - 1) a last token predicts nothing
         leader, node, through = tree_of(tokens[..., :-1], fed)              # (B, G, C - 1) each
-        order = (~node).flatten(1).long().argsort(dim=1, stable=True)[:, :int(node.sum((1, 2)).max())]      # (B, W) nodes first
+        order = (~node).flatten(1).long().argsort(dim=1, stable=True)       # (B, G * (C - 1)) nodes first
+        order = order[:, :int(node.sum((1, 2)).max())]                      # (B, W)
         ids, inside, through = (x.flatten(1).gather(1, order) for x in (tokens[..., :-1], node, through))
         place = positions.amax((0, 2))[:, None] + 1 + order % max(C - 1, 1)                                 # (B, W)
         hidden = self(replace(
@@ -376,15 +377,16 @@ class Qwen3VL(nn.Module):
         captured, graph = self.captured and device.type == "cuda", None
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
-            drawn = self._next_token(hidden.flatten(0, 1), owner, temperature, top_p, None if chance is None else chance[rows, :, n])
-            token = drawn.expand(-1, G)[node, torch.arange(G, device=device)].masked_fill(done, cfg.pad_token_id)       # (B, G)
+            point = None if chance is None else chance[rows[owner], :, n]   # (N, G)
+            drawn = self._next_token(hidden.flatten(0, 1), temperature, top_p, point)       # (N, G) each sample's at each node
+            token = drawn.expand(-1, G).gather(0, node).masked_fill(done, cfg.pad_token_id)                 # (B, G)
             tokens[rows, :, n] = token
             done = done | torch.isin(token, eos)
             alive = int((~done).sum())
             if n + 1 == max_new_tokens or not alive:
                 break
-            # 3 Samples that have said the same are one node of the next step, finished ones none. The shapes of a captured
-            #   step are fixed: there each sample is its own, and finished ones stay until they are half of all.
+            # 3 Samples that have said the same are one node of the next step, finished ones none. A captured step's shapes
+            #   are fixed: there each sample is a node of its own, and finished ones stay until they are half of all.
             if graph is None or alive <= len(owner) / 2:
                 graph, going = None, (~done).any(1).nonzero()[:, 0]
                 if len(going) <= 0.75 * len(rows):      # prompts leave once enough of them do to pay for moving the rest
@@ -394,22 +396,22 @@ class Qwen3VL(nn.Module):
                 member = ~done
                 node, owner, segments, packing = branch(own if captured else node * cfg.text.vocab_size + token, member)
             ids = torch.full_like(owner, cfg.pad_token_id).index_put((node[member],), token[member])    # (N,)
-            shape = (1, -1) if packing else (len(rows), -1)                    # packed; as it is where nothing is to pack
+            shape = (1, -1) if packing else (len(rows), -1)                 # packed; as it is where nothing is to pack
             batch = Batch(ids.view(shape), position_ids=(position[owner] + n).view(shape).expand(3, -1, -1),
                           segments=segments, packing=packing)
             graph = graph or (CapturedStep(self, cache, batch) if captured else None)
             hidden = graph(batch) if graph else self(batch, cache=cache)    # (1, N, D) or (B, W, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
-    def _next_token(self, hidden, owner, temperature, top_p, chance):
-        """What each of G samples would draw at each node: hidden (N, D), owner (N,), chance (B, G) -> (N, G) or (N, 1) token ids."""
+    def _next_token(self, hidden, temperature, top_p, point):
+        """(N, D), numbers in [0, 1) (N, G) -> (N, G) token ids; greedy (N, 1)."""
         if temperature == 0.0:
             logits = self.logits(hidden)
             logits[..., self.cfg.never_sampled] = -torch.inf
             return logits.argmax(-1, keepdim=True)
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
         mass = self.distribution(hidden, temperature, top_p).exp().cumsum(-1, dtype=torch.float64)      # (N, V)
-        return torch.searchsorted(mass, chance[owner] * mass[:, -1:], right=True)      # no token of p 0: there the sum is flat
+        return torch.searchsorted(mass, point * mass[:, -1:], right=True)      # no token of p 0: there the sum is flat
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, dtype=None, device=None, offline=False):
