@@ -437,8 +437,9 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
         raise FloatingPointError("a reward is no number, and no step was made")
     args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
     length = [len(pool.tokens[row]) + n for row, n in zip(rows, keep.sum((1, 2)).tolist())]     # prompt and responses
+    deal = -(-len(rows) // cfg.minibatch)           # minibatches, dealt out in turn: each has prompts of every role
     minibatches = [(mini, sorted((q for q in mini if q in live), key=length.__getitem__))   # like lengths: less padding
-                   for mini in chunks(range(len(rows)), cfg.minibatch)]
+                   for mini in (list(range(i, len(rows), deal)) for i in range(deal))]
     minibatches = [(mini, heard) for mini, heard in minibatches if heard]
     old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
 
