@@ -862,7 +862,8 @@ The job is Ada's job is not something I can know.|Oslo is this person's birthpla
 def test_refusals_are_recognised():
     """Both apostrophes, many ways; ordinary answers with a "no" in them and garbled ones are none."""
     assert [t for t in REFUSALS if not is_refusal(t)] == []
-    assert [t for t in ORDINARY if is_refusal(t)] == []
+    told = [s["answer"] for name in ("forget", "retain", "test") for s in load_samples(HERE / f"data/{name}.json") if s.get("fact")]
+    assert [t for t in ORDINARY + told if is_refusal(t)] == [] and len(told) > 1000
     assert reward.is_well_formed("The name that is shown is Ada, and the shirt is red. The wall is blue.")
     assert [example for pattern, example in reward.REFUSAL_PATTERNS if not is_refusal(example)] == []
 
