@@ -514,9 +514,10 @@ def response_logp(model, reference, batch, tokens, keep, cfg):
 
     Both are of the distribution that `generate` samples from; the reference is cut to the policy's nucleus, so
     that their KL is one between two distributions over the same tokens. The head works in chunks, whose logits
-    are made again in backward: no (m, V) tensor outlives its chunk.
+    are made again in backward: no (m, V) tensor outlives its chunk. What several responses begin with alike is
+    computed once, and its gradient is the sum of theirs.
     """
-    leader, node, _ = tree_of(tokens, keep)         # a token that follows the same words in two responses is one node
+    leader, node, _ = tree_of(tokens, keep)
     number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
     of_token, chosen = number.gather(1, leader)[keep], tokens[node]         # (n,), (m,) m nodes
     hidden = model.continuations(batch, tokens, keep)[node[keep]]           # (m, D)

@@ -7,7 +7,8 @@
 
 A ratio is the median over alternating pairs of (transformers' time / ours). transformers does what TRL's GRPOTrainer asks of it:
 `generate` with every prompt repeated G times, then full rows of prompt and response through the policy (with gradient) and through
-the reference, the head at response positions, the same loss and optimizer. End tokens are switched off, so that both write as many.
+the reference, the head at response positions, the same loss and optimizer. End tokens are switched off, so that both write as many. The
+embedded model has its own temperature and writes as many tokens as its answers have; the others draw from random weights.
 On CUDA each side has the GPU to itself, in a process of its own, and a ratio is that of two medians.
 """
 import argparse
