@@ -1443,6 +1443,20 @@ def test_microbatches_and_head_chunks_change_nothing(tiny, monkeypatch, microbat
     assert (after[0] - after[1]).abs().max() < 1e-5
 
 
+def test_minibatches_are_dealt_out_in_turn(tiny, monkeypatch):
+    """Prompts come role by role: of two minibatches of four prompts each has every other one, not a role of its own."""
+    model, proc, data, prompts = tiny()
+    cfg = asru.Config(microbatch=4, minibatch=2, max_new_tokens=8, group=3, top_p=1.0)
+    pool, rows, tokens, keep = rollout(model, prompts, cfg)
+    seen, whole = [], asru.response_logp
+    monkeypatch.setattr(asru, "response_logp", lambda m, r, b, tokens, *more: seen.append(tokens) or whole(m, r, b, tokens, *more))
+    A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    asru.update(model, None, optimizer, list(model.parameters()), pool, rows, tokens, keep, A, [0, 1, 2, 3], cfg)
+    places = [sorted(q for q in range(4) if any(torch.equal(tokens[q], t) for t in part)) for part in seen]
+    assert places == [[1, 3], [0, 2], [1, 3]]           # the second's old log-probabilities come first
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_shared_prefix_gives_the_plain_gradient(tiny, recompute):
     """One prompt with G responses beside each other: loss and gradient as with G rows of prompt and response."""
