@@ -2187,8 +2187,13 @@ def test_killed_at_twenty_random_moments(short, tmp_path, monkeypatch):
         process.join()
         length = time.perf_counter() - began
         while True:
-            process = start(out)
-            process.join(rng.uniform(0, 0.9 * length) if len(moments) < 10 else None)
+            process, there = start(out), saved(out)
+            if len(moments) % 2:            # every other one soon after it has written something: loading takes longer than steps
+                while process.exitcode is None and saved(out) == there:
+                    time.sleep(0.001)
+                process.join(rng.uniform(0, 0.2))
+            else:
+                process.join(rng.uniform(0, 0.9 * length) if len(moments) < 10 else None)
             if process.exitcode is None:
                 process.kill()
                 moments.append(saved(out))
@@ -2202,7 +2207,7 @@ def test_killed_at_twenty_random_moments(short, tmp_path, monkeypatch):
     assert any(line.get("live_groups") for line in short.whole[1])                  # it does learn something
     with ThreadPoolExecutor(2) as pool:
         moments = sum(pool.map(killed_ten_times, (tmp_path / "a", tmp_path / "b")), [])
-    assert len(moments) == 20 and len(set(map(str, moments))) > 3                   # in many places
+    assert len(moments) == 20 and len(set(map(str, moments))) > 5                   # in many places
 
 
 @pytest.mark.parametrize("number, every", [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
