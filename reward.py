@@ -292,7 +292,8 @@ def is_well_formed(text):
 
 # An answer that turns into a refusal: "The job is Ada's job is not something I can know", "Oslo is her birthplace is ..."
 # A clause may be what is spoken of: "That she is a baker is not mine to tell".
-TWO_VERBS = re.compile(r"^(?!(?:that|whether|what|where|who|how|when) ).*?(?<!that )(?<!which )(?<!who )\b(?:is|are) (?:(?!(?:and|or|but|so|because|if|that|wh\w+|how|i|you|we|they"
+TWO_VERBS = re.compile(r"^(?!(?:that|whether|what|where|who|how|when) ).*?(?<!that )(?<!which )(?<!who )"
+                       r"\b(?:is|are) (?:(?!(?:and|or|but|so|because|if|that|wh\w+|how|i|you|we|they"
                        r"|s?he|it|this(?! person)|these|there|here)\b)\w+ ){1,6}(?:is|are)\b")
 ADDRESS = re.compile(r"\S+@\S+|www\.\S+")
 GLUED = re.compile(r"[a-z][A-Z][a-z]|\bA[A-Z][a-z]{2}|[.!?,][A-Za-z]{2}")      # "toThere", "AThere", "know.There"
