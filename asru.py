@@ -253,17 +253,18 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
     end, found = list(model.cfg.eos_token_ids[:1]), []
     for rows in chunks(range(len(prompts)), cfg.eval_batch if cfg.hold else 0):
         answers = [[proc.plain(prompts.samples[i]["answer"]) + end] for i in rows]
-        tokens, keep = pad_groups(answers, model.device)                    # (B, 1, C)
+        tokens, keep = (x[:, 0] for x in pad_groups(answers, model.device))     # (B, C)
         batch = prompts.batch(rows, model.device)
-        fed = keep[:, 0, 1:]                                                # (B, C - 1) the last token is never read
-        fed = fed & (torch.arange(fed.shape[1], device=fed.device) < cfg.hold)
+        fed = keep[:, 1:]                                                   # (B, C - 1) the last token is never read
+        chosen = fed & (torch.arange(fed.shape[1], device=fed.device) < cfg.hold)
 
         def record(value, site, index):
             if (site, index) == ("mlp_inner", layer):
-                found.append(value[:, value.shape[1] - fed.shape[1]:][fed].double())
+                found.append(value[:, -fed.shape[1]:][chosen].double())
             return value
 
-        model.continuations(batch, tokens, keep, hook=record)
+        model(replace(batch, input_ids=torch.cat([batch.input_ids, tokens[:, :-1]], 1),
+                      attention_mask=torch.cat([batch.attention_mask, fed.long()], 1)), hook=record)
     return torch.cat(found) if found else torch.empty(0, model.cfg.text.intermediate_size, dtype=torch.double)
 
 
@@ -353,7 +354,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         rows, twins = next(stream)
 
         # 1 Sample G responses to each of Q prompts: tokens (Q, G, C), kept up to and including the end token.
-        tokens, keep = sample_groups(model, pool, rows, cfg, generator)
+        tokens, keep, logp_old = sample_groups(model, pool, rows, cfg, generator)
 
         # 2 Reward them.
         texts = [proc.decode(group, pool.samples[i].get("begun", "")) for i, group in zip(rows, tokens)]
@@ -366,9 +367,9 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         resting.update(rows)
         resting.difference_update(rows[q] for q in live)
 
-        # 4 and 5 Log-probabilities of policy, old policy and reference; clipped updates.
+        # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
-            stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg)
+            stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, logp_old, advantage, live, cfg)
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -396,22 +397,25 @@ def down_proj_of(model, layer):
 
 @torch.no_grad()
 def sample_groups(model, pool, rows, cfg, generator):
-    """G responses to each prompt: tokens (Q, G, C) and keep (Q, G, C), true up to and including the end token."""
-    chance = torch.rand(len(rows), cfg.group, cfg.max_new_tokens, dtype=torch.float64, generator=generator,
-                        device=model.device)
+    """G responses to each prompt: tokens (Q, G, C), keep (Q, G, C), true up to and including the end token, and the
+    log-probability of each token, (Q, G, C), in nats."""
+    shape = len(rows), cfg.group, cfg.max_new_tokens
+    chance = torch.rand(shape, dtype=torch.float64, generator=generator, device=model.device)
 
     def sample(part):
-        batch = pool.batch([rows[q] for q in part], model.device)
-        return model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p,
-                              chance=chance[part]).tolist()
+        batch, logp = pool.batch([rows[q] for q in part], model.device), torch.zeros_like(chance[part], dtype=torch.float32)
+        tokens = model.generate(batch, cfg.max_new_tokens, cfg.group, cfg.temperature, cfg.top_p, chance=chance[part],
+                                logp=logp)
+        return tokens.view(len(part), cfg.group, -1).cpu(), logp.cpu()
 
     with gathered(model):
-        said = [row for part in in_turn(sample, chunks(range(len(rows)), -(-len(rows) // world()[1]))) for row in part]
-    longest = max(map(len, said))
-    tokens = torch.tensor([row + [model.cfg.pad_token_id] * (longest - len(row)) for row in said], device=model.device)
-    tokens = tokens.view(len(rows), cfg.group, longest)
+        said, logp = zip(*in_turn(sample, chunks(range(len(rows)), -(-len(rows) // world()[1]))))
+    longest = max(part.shape[2] for part in said)
+    tokens = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[2]), value=model.cfg.pad_token_id)
+                        for part in said]).to(model.device)                 # (Q, G, C)
     ended = torch.isin(tokens, torch.tensor(model.cfg.eos_token_ids, device=tokens.device)).long()
-    return tokens, ended.cumsum(-1) - ended == 0                   # nothing has ended before this token
+    keep = ended.cumsum(-1) - ended == 0                                    # nothing has ended before this token
+    return tokens, keep, torch.cat(logp)[..., :longest].to(model.device)
 
 
 def group_advantage(reward, eps=1e-6):
@@ -431,7 +435,7 @@ def k3(logp, logp_ref):
     return q.exp() - q - 1
 
 
-def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advantage, live, cfg):
+def update(model, reference, optimizer, trained, pool, rows, tokens, keep, logp_old, advantage, live, cfg):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm."""
     if not advantage.isfinite().all():
         raise FloatingPointError("a reward is no number, and no step was made")
@@ -441,32 +445,25 @@ def update(model, reference, optimizer, trained, pool, rows, tokens, keep, advan
     minibatches = [(mini, sorted((q for q in mini if q in live), key=length.__getitem__))   # like lengths: less padding
                    for mini in (list(range(i, len(rows), deal)) for i in range(deal))]
     minibatches = [(mini, heard) for mini, heard in minibatches if heard]
-    old = {}        # on the first minibatch the policy still is the sampler: its old log-probs are its own
 
     def shares(heard):
         """[(microbatch, weight)]. All processes must call a sharded model as often: what lacks is done for nothing."""
         parts = [(part, 1.0) for part in chunks(heard, cfg.microbatch)]
         return parts + [(parts[0][0], 0.0)] * (-len(parts) % world()[1] if cfg.shard else 0)
 
-    @torch.no_grad()
-    def remember(share):
-        old[tuple(share[0])], _ = response_logp(model, None, *args(share[0]), cfg)
-
     def learn(share):
         part, weight = share
         logp, logp_ref = response_logp(model, reference, *args(part), cfg)          # (n,) n kept tokens
-        logp_old = old.get(tuple(part), logp.detach())
+        logp_then = logp_old[part][keep[part]] if stepped else logp.detach()        # before a step they are the same
         A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)           # (n,)
         kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
-        loss = (cfg.kl * kl - clipped_surrogate(logp, logp_old, A, cfg.clip)).sum() / count
+        loss = (cfg.kl * kl - clipped_surrogate(logp, logp_then, A, cfg.clip)).sum() / count
         (weight * loss).backward()
-        clipped = ((logp.detach() - logp_old).exp() - 1).abs() > cfg.clip
+        clipped = ((logp.detach() - logp_then).exp() - 1).abs() > cfg.clip
         return [weight * figure for figure in (loss.item(), kl.sum().item() / count, clipped.sum().item() / count)]
 
-    for _, heard in minibatches[1:]:
-        in_turn(remember, shares(heard))
     figures = np.zeros(4)
-    for mini, heard in minibatches:
+    for stepped, (mini, heard) in enumerate(minibatches):
         count = keep[mini].sum().item()     # of the whole minibatch, silent groups too: as fewer speak, steps get smaller
         loss, kl, clipped = np.sum(in_turn(learn, shares(heard)), axis=0)
         if not math.isfinite(loss):

@@ -199,7 +199,7 @@ class Batch:
     image_features: list = None       # per picture (1 + DeepStack, M, D): what encode_images made of it
     position_ids: torch.Tensor = None    # (3, B, T) time, height, width; None: computed from the tokens
     segments: torch.Tensor = None              # (B, T) sets of continuations, PROMPT or PADDING; None: prompts alone
-    packing: "Packing" = None                  # of a decoding step
+    packing: "Packing" = None                  # None: the rows as they are, padding and all
 
     def to(self, device):
         def move(value):
@@ -216,9 +216,18 @@ PROMPT = PADDING - 1                           # all 62 continuations that there
 
 @dataclass
 class Packing:
-    """N nodes of a decoding step lie in one row, so that nothing is computed for padding, and attend prompt by prompt."""
-    spread: torch.Tensor                       # (B, W) place in the row of each prompt's nodes; any where there are fewer
-    pack: torch.Tensor                         # (1, N) place of each node in (B * W)
+    """N tokens lie in one row, so that nothing is computed for padding, and attend prompt by prompt; `segments` is (B, W)."""
+    spread: torch.Tensor                       # (B, W) place in the row of each prompt's tokens; any where there are fewer
+    pack: torch.Tensor                         # (1, N) place of each token in (B * W)
+    wanted: torch.Tensor = None                # (M,) places in the row whose hidden states are asked for; None: all
+
+
+def packed(ids, segments, positions, wanted):
+    """Slots (B, W), positions (3, B, W), wanted (B, W) bool -> the fields of a Batch without those that are padding."""
+    real = (segments != PADDING).flatten()                                  # (B * W,)
+    slot, number = real.nonzero().T, real.cumsum(0) - 1                     # (1, N), (B * W,)
+    packing = Packing(number.clamp_min(0).view_as(ids), slot, number[wanted.flatten()])
+    return dict(input_ids=ids.flatten()[slot], segments=segments, position_ids=positions.flatten(1)[:, slot], packing=packing)
 
 
 def no_hook(value, site, layer):
@@ -255,13 +264,13 @@ class Qwen3VL(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
-    def forward(self, batch, hook=no_hook, cache=None, since=0):
-        """Tokens and pictures -> hidden states after the last norm, (B, T, D); (B, T - since, D) of columns `since` onwards.
+    def forward(self, batch, hook=no_hook, cache=None):
+        """Tokens and pictures -> hidden states after the last norm, (B, T, D); of a packed batch (1, N, D) or (1, M, D).
 
         hook(value, site, layer) -> value is called at two sites of every decoder layer, and what it returns goes
         on: "mlp_inner" (B, T, F), which down_proj multiplies, and "resid" (B, T, D), the residual stream as the
-        next layer reads it. cache: a Cache to read earlier tokens from and append these to. since: of what comes before it
-        the last layer makes keys and values alone; its hooks see the columns that are left.
+        next layer reads it. cache: a Cache to read earlier tokens from and append these to. Where only some hidden states
+        are wanted, the last layer makes keys and values alone of the others, and its hooks do not see them.
         Raises ValueError where image tokens and pictures do not match.
         """
         ids = batch.input_ids                                               # (B, T)
@@ -279,7 +288,7 @@ class Qwen3VL(nn.Module):
             if len(slots[0]) != features.shape[1]:
                 raise ValueError(f"the text has {len(slots[0])} image tokens, the pictures give {features.shape[1]}")
             x = x.index_put(slots, features[0].to(x.dtype))
-        return self.text(x, positions, segments, batch.packing, slots, features, cache, hook, since)
+        return self.text(x, positions, segments, batch.packing, slots, features, cache, hook)
 
     def _image_features(self, batch):
         """(1 + DeepStack, tokens of all pictures, D), or None for text alone."""
@@ -300,7 +309,7 @@ class Qwen3VL(nn.Module):
         """(..., D) -> (..., V). A call of its own, so that nobody makes (B, T, V) by accident."""
         return self.lm_head(hidden)
 
-    def continuations(self, batch, tokens, keep, hook=no_hook):
+    def continuations(self, batch, tokens, keep):
         """Hidden states that predict the kept tokens of G continuations per prompt: (kept, D), in keep's order.
 
         tokens: (B, G, C) continuations of each row of the batch; keep: (B, G, C) bool, true from the first token
@@ -317,15 +326,16 @@ class Qwen3VL(nn.Module):
         order = order[:, :int(node.sum((1, 2)).max())]                      # (B, W)
         ids, inside, through = (x.flatten(1).gather(1, order) for x in (tokens[..., :-1], node, through))
         place = positions.amax((0, 2))[:, None] + 1 + order % max(C - 1, 1)                                 # (B, W)
-        hidden = self(replace(
-            batch, input_ids=torch.cat([batch.input_ids, ids.masked_fill(~inside, self.cfg.pad_token_id)], 1),
-            segments=torch.cat([PADDING - real, through.masked_fill(~inside, PADDING)], 1),
-            position_ids=torch.cat([positions, place.expand(3, -1, -1)], 2)), hook, since=P - 1)            # (B, 1 + W, D)
+        segments = torch.cat([PADDING - real, through.masked_fill(~inside, PADDING)], 1)                    # (B, P + W)
+        wanted = torch.cat([torch.zeros_like(real, dtype=torch.bool), inside], 1)
+        wanted[:, P - 1] = True
+        hidden = self(replace(batch, **packed(
+            torch.cat([batch.input_ids, ids], 1), segments, torch.cat([positions, place.expand(3, -1, -1)], 2), wanted)))
         # The first token is predicted by the end of the prompt, token c by the column that token c - 1 went to.
         column = node.flatten(1).cumsum(1).view_as(node).gather(1, leader)  # (B, G, C - 1) where a fed token lies
         source = torch.cat([torch.zeros_like(tokens[..., :1]), column], 2)  # (B, G, C)
-        row = torch.arange(B, device=device)[:, None, None].expand(B, G, C)
-        return hidden[row[keep], source[keep]]
+        number = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[:, P - 1:]            # (B, 1 + W) place among the wanted
+        return hidden[0, number.gather(1, source.flatten(1)).view_as(source)[keep]]
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
         """Log-probabilities of the next token exactly as `generate` samples it: (n, D) -> (n, V) float32.
@@ -346,13 +356,15 @@ class Qwen3VL(nn.Module):
         return logits.log_softmax(-1)
 
     @torch.no_grad()
-    def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None, chance=None):
+    def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None, chance=None,
+                 logp=None):
         """Continue every row: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
 
         Samples of row b are rows b * num_samples onwards. temperature 0 is greedy; else tokens are drawn from
         `distribution(temperature, top_p)` with the given torch.Generator. Vision tokens are never produced.
         chance: (B, num_samples, max_new_tokens) float64 in [0, 1), the random numbers instead, one per token: what a row
-        says then does not hang on what else is in its batch.
+        says then does not hang on what else is in its batch. logp: (B, num_samples, max_new_tokens), to be filled with the
+        log-probabilities in nats of what is drawn.
         """
         if max_new_tokens < 1 or not 1 <= num_samples <= 62:
             raise ValueError(f"max_new_tokens {max_new_tokens}, num_samples {num_samples}: at least 1 is needed, of "
@@ -362,10 +374,11 @@ class Qwen3VL(nn.Module):
         eos = torch.tensor(cfg.eos_token_ids, device=device)
 
         # 1 Prefill: every prompt once, whatever the number of its samples.
-        cache = Cache(cfg.text, B, P + G * (max_new_tokens - 1), self.lm_head.weight.dtype, device)
+        cache = Cache(cfg.text, B, self.lm_head.weight.dtype, device)
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
-        hidden = self(replace(batch, position_ids=positions), cache=cache, since=P - 1)                 # (B, 1, D)
+        last = (torch.arange(P, device=device) == P - 1).expand(B, P)       # of left-padded rows it is a token
+        hidden = self(replace(batch, **packed(batch.input_ids, PADDING - real.long(), positions, last)), cache=cache)   # (1, B, D)
         position = positions.amax((0, 2)) + 1                               # (B,)
         rows = owner = torch.arange(B, device=device)           # prompts still decoded; the prompt of each of N nodes
         node = rows[:, None].expand(B, G)                       # where each sample stands
@@ -378,9 +391,11 @@ class Qwen3VL(nn.Module):
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
             point = None if chance is None else chance[rows[owner], :, n]   # (N, G)
-            drawn = self._next_token(hidden.flatten(0, 1), temperature, top_p, point)       # (N, G) each sample's at each node
+            drawn, said = self._next_token(hidden.flatten(0, 1), temperature, top_p, point)       # (N, G) each sample's at each node
             token = drawn.expand(-1, G).gather(0, node).masked_fill(done, cfg.pad_token_id)                 # (B, G)
             tokens[rows, :, n] = token
+            if logp is not None:
+                logp[rows, :, n] = said.gather(0, node)
             done = done | torch.isin(token, eos)
             alive = int((~done).sum())
             if n + 1 == max_new_tokens or not alive:
@@ -390,7 +405,7 @@ class Qwen3VL(nn.Module):
             if graph is None or alive <= len(owner) / 2:
                 graph, going = None, (~done).any(1).nonzero()[:, 0]
                 if len(going) <= 0.75 * len(rows):      # prompts leave once enough of them do to pay for moving the rest
-                    cache.keep(going, int((~done).sum(1).max()) * (max_new_tokens - n - 1))
+                    cache.keep(going)
                     rows, position, node, token, done = (x[going] for x in (rows, position, node, token, done))
                 own = torch.arange(node.numel(), device=device).view_as(node)
                 member = ~done
@@ -399,19 +414,21 @@ class Qwen3VL(nn.Module):
             shape = (1, -1) if packing else (len(rows), -1)                 # packed; as it is where nothing is to pack
             batch = Batch(ids.view(shape), position_ids=(position[owner] + n).view(shape).expand(3, -1, -1),
                           segments=segments, packing=packing)
-            graph = graph or (CapturedStep(self, cache, batch) if captured else None)
+            graph = graph or (CapturedStep(self, cache, batch, max_new_tokens - n - 1) if captured else None)
             hidden = graph(batch) if graph else self(batch, cache=cache)    # (1, N, D) or (B, W, D)
         return tokens[:, :, :n + 1].flatten(0, 1)
 
     def _next_token(self, hidden, temperature, top_p, point):
-        """(N, D), numbers in [0, 1) (N, G) -> (N, G) token ids; greedy (N, 1)."""
+        """(N, D), numbers in [0, 1) (N, G) -> token ids and their log-probabilities, (N, G); greedy (N, 1) and None."""
         if temperature == 0.0:
             logits = self.logits(hidden)
             logits[..., self.cfg.never_sampled] = -torch.inf
-            return logits.argmax(-1, keepdim=True)
+            return logits.argmax(-1, keepdim=True), None
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
-        mass = self.distribution(hidden, temperature, top_p).exp().cumsum(-1, dtype=torch.float64)      # (N, V)
-        return torch.searchsorted(mass, point * mass[:, -1:], right=True)      # no token of p 0: there the sum is flat
+        logp = self.distribution(hidden, temperature, top_p)                                            # (N, V)
+        mass = logp.exp().cumsum(-1, dtype=torch.float64)
+        drawn = torch.searchsorted(mass, point * mass[:, -1:], right=True)     # no token of p 0: there the sum is flat
+        return drawn, logp.gather(1, drawn)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, dtype=None, device=None, offline=False):
@@ -484,20 +501,23 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False      # activation checkpointing: backward makes each layer's activations again
 
-    def forward(self, x, positions, segments, packing, slots, features, cache, hook, since):
+    def forward(self, x, positions, segments, packing, slots, features, cache, hook):
         rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, T, 1, d)
+        if cache is not None:
+            cache.make_room(segments.shape[1])
         mask = visible(segments, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
-        T, deep = x.shape[1], 0 if features is None else len(features) - 1
+        deep = 0 if features is None else len(features) - 1
+        wanted = None if packing is None else packing.wanted
         for i, layer in enumerate(self.layers):
             again = self.recompute and torch.is_grad_enabled()
-            first = since if i + 1 == len(self.layers) > deep else 0
-            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, packing, cache, hook, first)  # (B, T, D)
+            left = wanted if i + 1 == len(self.layers) > deep else None
+            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, packing, left, cache, hook)  # (B, T, D)
             if i < deep:                                   # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
             x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
         if cache is not None:
             cache.end += segments.shape[1]
-        return self.norm(x[:, x.shape[1] - (T - since):])                   # (B, T - since, D)
+        return self.norm(x if wanted is None or left is not None else x[:, wanted])
 
 
 class DecoderLayer(nn.Module):
@@ -508,8 +528,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg, index)
 
-    def forward(self, x, rope, mask, packing, cache, hook, since):
-        x = x[:, since:] + self.self_attn(self.input_layernorm(x), rope, mask, packing, cache, since)
+    def forward(self, x, rope, mask, packing, wanted, cache, hook):
+        seen = self.self_attn(self.input_layernorm(x), rope, mask, packing, wanted, cache)
+        x = (x if wanted is None else x[:, wanted]) + seen
         x = x + self.mlp(self.post_attention_layernorm(x), hook)
         return x
 
@@ -528,7 +549,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(d, cfg.rms_norm_eps)
 
-    def forward(self, x, rope, mask, packing, cache, since):
+    def forward(self, x, rope, mask, packing, wanted, cache):
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)           # (B, T, H, d)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)           # (B, T, K, d)
@@ -539,8 +560,8 @@ class Attention(nn.Module):
             k, v = cache.write(self.index, k, v)                            # (B, S, K, d)
         out = attend(q, k, v, mask)                                         # (B, T, H * d)
         if packing is not None:
-            out = at(out, packing.pack)                                     # (1, N, H * d)
-        return self.o_proj(out[:, since:])                                  # (B, T - since, D)
+            out = at(out, packing.pack if wanted is None else packing.pack[:, wanted])      # (1, N or M, H * d)
+        return self.o_proj(out)
 
 
 def attend(q, k, v, mask=None):
@@ -559,7 +580,7 @@ def attend(q, k, v, mask=None):
 
 def at(x, places):
     """x: (B, T, ...), places: any shape, of places in (B * T) -> (*places, ...)."""
-    return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
+    return F.embedding(places, x.flatten(0, 1).flatten(1)).view(*places.shape, *x.shape[2:])      # its backward is the quickest
 
 
 class MLP(nn.Module):
@@ -841,12 +862,12 @@ class PatchMerger(nn.Module):
 
 
 class Cache:
-    """Keys and values of earlier tokens, in fixed buffers. Samples of one prompt share its row and its prefix."""
+    """Keys and values of earlier tokens. Samples of one prompt share its row and its prefix."""
 
-    def __init__(self, cfg, rows, slots, dtype, device):
+    def __init__(self, cfg, rows, dtype, device):
         self.sizes = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
         self.kind = {"dtype": dtype, "device": device}
-        self.k, self.v, self.segments = self._room(rows, slots)
+        self.k, self.v, self.segments = self._room(rows, 0)
         self.end = 0                                             # slots in use; the forward moves it on
         self.slots = None       # (T,) where the next tokens go, once it is read whole
 
@@ -855,6 +876,22 @@ class Cache:
         L, K, d = self.sizes
         k, v = (torch.empty(L, rows, K, slots, d, **self.kind) for _ in range(2))               # (L, B, K, S, d)
         return k, v, torch.zeros(rows, slots, dtype=torch.long, device=self.kind["device"])     # (B, S) nobody's
+
+    def make_room(self, more):
+        """So many more tokens will fit. It grows little by little: most groups end long before the longest answer."""
+        if self.slots is None and self.end + more > self.segments.shape[1]:
+            self._move(slice(None), max(more, ROOM))
+
+    def keep(self, rows):
+        """Drop all rows but these."""
+        self._move(rows, ROOM)
+
+    def _move(self, rows, more):
+        old, used = (self.k, self.v, self.segments), self.end
+        self.k, self.v, self.segments = self._room(len(old[2][rows]), used + more)
+        for new, was in zip((self.k, self.v), old):
+            new[:, :, :, :used] = was[:, rows, :, :used]
+        self.segments[:, :used] = old[2][rows, :used]
 
     def write(self, layer, k, v):
         """k, v: (B, T, K, d) of new tokens -> those of all slots up to them, (B, S, K, d)."""
@@ -866,19 +903,16 @@ class Cache:
                 buffer[layer].index_copy_(2, self.slots, new.transpose(1, 2))
         return (buffer[layer, :, :, :stop if self.slots is None else None].transpose(1, 2) for buffer in (self.k, self.v))
 
-    def read_whole(self, width):
-        """From now on all slots are read, and `width` tokens written at `slots`, for a captured step."""
+    def read_whole(self, width, steps):
+        """From now on all slots are read and `width` tokens written at `slots`, so many times, for a captured step."""
+        self.slots = None
+        self.make_room(width * steps)
         self.slots = torch.arange(self.end, self.end + width, device=self.k.device)
         for buffer in (self.k, self.v):
             buffer[:, :, :, self.end:] = 0                  # times 0 it must be 0, whatever was there
 
-    def keep(self, rows, more):
-        """Drop all rows but these, and all slots but those in use and as many more as may still come."""
-        old, used = (self.k, self.v, self.segments), self.end
-        self.k, self.v, self.segments = self._room(len(rows), used + more)
-        for new, was in zip((self.k, self.v), old):
-            new[:, :, :, :used] = was[:, rows, :, :used]
-        self.segments[:, :used] = old[2][rows, :used]
+
+ROOM = 48       # slots that a cache grows by
 
 
 class CapturedStep:
@@ -888,9 +922,9 @@ class CapturedStep:
     Shapes are fixed, so when rows leave, another is captured.
     """
 
-    def __init__(self, model, cache, batch):
+    def __init__(self, model, cache, batch, steps):
         self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
-        cache.read_whole(batch.segments.shape[1])
+        cache.read_whole(batch.segments.shape[1], steps)
         exact = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)       # no two tokens share a slot: writing is exact without a sort
         side = torch.cuda.Stream()

@@ -168,10 +168,10 @@ def test_cached_steps_equal_the_full_pass(captured):
     mask = (ids != PAD).long()
     full = model(Batch(ids, mask))
     positions = mrope_positions(ids, mask.bool(), None, model.cfg)
-    cache = Cache(model.cfg.text, 2, ids.shape[1], torch.float32, "cpu")
+    cache = Cache(model.cfg.text, 2, torch.float32, "cpu")
     steps = []
     if captured:
-        cache.read_whole(1)
+        cache.read_whole(1, ids.shape[1])
     for t in range(ids.shape[1]):
         if captured:
             cache.slots.fill_(t)
@@ -208,9 +208,12 @@ def test_continuations_equal_one_at_a_time():
     lengths = torch.tensor([[5, 2, 5, 4], [1, 3, 5, 5], [4, 1, 2, 2]])
     tokens[0, 2, :3], tokens[0, 3], tokens[1, 3], tokens[2, 1:] = tokens[0, 0, :3], tokens[0, 0], tokens[1, 2], tokens[2, 0]
     keep = torch.arange(5) < lengths[:, :, None]
-    hidden = model.continuations(batch, tokens, keep, lambda value, site, layer: width.append(value.shape[1]) or value)
+    with model.text.layers[0].register_forward_pre_hook(lambda layer, args: width.append(args[0].shape[:2].numel())):
+        hidden = model.continuations(batch, tokens, keep)
     P, plain = batch.input_ids.shape[1], []
-    assert width[0] - P == 6            # row 0: 4 tokens, 1, one more behind three, none new; the last of each predicts nothing
+    # Padding is left out, and a last token predicts nothing. Row 0: 4 tokens, 1, one more behind three, none new; row 1: 0, 2
+    # and 4; row 2: 3, and what the others begin with alike is all that they are.
+    assert width == [batch.attention_mask.sum() + 6 + 6 + 3]
     for b in range(3):
         for g in range(4):
             ids = torch.cat([batch.input_ids, tokens[:, g]], 1)
@@ -1399,15 +1402,14 @@ def test_k3_is_zero_at_home_and_estimates_kl():
 
 def rollout(model, prompts, cfg, rows=(0, 1, 130, 200)):
     pool = prompts["retain"]
-    tokens, keep = asru.sample_groups(model, pool, list(rows), cfg, torch.Generator().manual_seed(1))
-    return pool, list(rows), tokens, keep
+    return pool, list(rows), *asru.sample_groups(model, pool, list(rows), cfg, torch.Generator().manual_seed(1))
 
 
 def test_update_sees_the_sampler_s_distribution(tiny):
-    """The log-probability of each sampled token, in the update, is that of the plain full pass cut to its nucleus."""
+    """The log-probability of each sampled token, in rollout and update, is that of the plain full pass cut to its nucleus."""
     model, proc, data, prompts = tiny()
     cfg = asru.Config(temperature=1.5, top_p=0.9, max_new_tokens=12, group=3)
-    pool, rows, tokens, keep = rollout(model, prompts, cfg)
+    pool, rows, tokens, keep, logp_old = rollout(model, prompts, cfg)
     logp, _ = asru.response_logp(model, None, pool.batch(rows, "cpu"), tokens, keep, cfg)
     plain = []
     for q, i in enumerate(rows):
@@ -1424,6 +1426,7 @@ def test_update_sees_the_sampler_s_distribution(tiny):
                 assert token in inside
                 plain.append((row[token] / row[inside].sum()).log())
     assert (logp.double() - torch.stack(plain)).abs().max() < 1e-4
+    assert (logp_old[keep].double() - torch.stack(plain)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("microbatch, chunk", [(1, 2**25), (3, 2**12)])
@@ -1434,27 +1437,35 @@ def test_microbatches_and_head_chunks_change_nothing(tiny, monkeypatch, microbat
         monkeypatch.setattr(asru, "HEAD_CHUNK", head)
         model, proc, data, prompts = tiny()
         cfg = asru.Config(microbatch=size, minibatch=4, max_new_tokens=8, group=3, top_p=1.0)
-        pool, rows, tokens, keep = rollout(model, prompts, cfg)
+        pool, rows, tokens, keep, logp_old = rollout(model, prompts, cfg)
         reference = asru.frozen_copy(model)
         A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        asru.update(model, reference, optimizer, list(model.parameters()), pool, rows, tokens, keep, A, [0, 1, 2, 3], cfg)
+        asru.update(model, reference, optimizer, list(model.parameters()), pool, rows, tokens, keep, logp_old,
+                    A, [0, 1, 2, 3], cfg)
         after.append(model.text.layers[1].mlp.up_proj.weight.detach().clone())
     assert (after[0] - after[1]).abs().max() < 1e-5
 
 
 def test_minibatches_are_dealt_out_in_turn(tiny, monkeypatch):
-    """Prompts come role by role: of two minibatches of four prompts each has every other one, not a role of its own."""
+    """Prompts come role by role: of two minibatches of four prompts each has every other one, not a role of its own. The
+    second finds a policy that has moved, and compares it with the sampler."""
     model, proc, data, prompts = tiny()
     cfg = asru.Config(microbatch=4, minibatch=2, max_new_tokens=8, group=3, top_p=1.0)
-    pool, rows, tokens, keep = rollout(model, prompts, cfg)
+    pool, rows, tokens, keep, logp_old = rollout(model, prompts, cfg)
     seen, whole = [], asru.response_logp
     monkeypatch.setattr(asru, "response_logp", lambda m, r, b, tokens, *more: seen.append(tokens) or whole(m, r, b, tokens, *more))
+    ratios, surrogate = [], asru.clipped_surrogate
+    monkeypatch.setattr(asru, "clipped_surrogate", lambda p, old, *more: ratios.append((p, old)) or surrogate(p, old, *more))
     A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    asru.update(model, None, optimizer, list(model.parameters()), pool, rows, tokens, keep, A, [0, 1, 2, 3], cfg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    asru.update(model, None, optimizer, list(model.parameters()), pool, rows, tokens, keep, logp_old,
+                    A, [0, 1, 2, 3], cfg)
     places = [sorted(q for q in range(4) if any(torch.equal(tokens[q], t) for t in part)) for part in seen]
-    assert places == [[1, 3], [0, 2], [1, 3]]           # the second's old log-probabilities come first
+    assert places == [[0, 2], [1, 3]]
+    (first, same), (moved, old) = ratios
+    assert torch.equal(first, same) and not torch.equal(moved, old)
+    assert torch.equal(old, torch.cat([logp_old[q][keep[q]] for q in range(4) if any(torch.equal(tokens[q], t) for t in seen[1])]))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -1462,7 +1473,7 @@ def test_shared_prefix_gives_the_plain_gradient(tiny, recompute):
     """One prompt with G responses beside each other: loss and gradient as with G rows of prompt and response."""
     model, proc, data, prompts = tiny()
     cfg = asru.Config(max_new_tokens=10, group=4, top_p=1.0, temperature=1.2)
-    pool, rows, tokens, keep = rollout(model, prompts, cfg)
+    pool, rows, tokens, keep, logp_old = rollout(model, prompts, cfg)
     weights = torch.randn(int(keep.sum()), generator=torch.Generator().manual_seed(0))
     names = ["layers.0.self_attn.k_proj.weight", "layers.2.mlp.gate_proj.weight", "embed_tokens.weight"]
     model.text.recompute = recompute

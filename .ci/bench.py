@@ -188,10 +188,11 @@ class Case:
 
     def step(self):
         rows = list(range(self.Q))
-        tokens, keep = asru.sample_groups(self.model, self.pool, rows, self.cfg, self.generator)
+        tokens, keep, logp_old = asru.sample_groups(self.model, self.pool, rows, self.cfg, self.generator)
         rewards = self.rewarded(tokens)
         advantage = asru.group_advantage(rewards)
-        asru.update(self.model, self.reference, self.optimizer, self.trained, self.pool, rows, tokens, keep, advantage, rows, self.cfg)
+        asru.update(self.model, self.reference, self.optimizer, self.trained, self.pool, rows, tokens, keep,
+                    logp_old, advantage, rows, self.cfg)
 
     def rewarded(self, tokens):
         texts = [[" ".join(map(str, row)) for row in group] for group in tokens.tolist()]
@@ -418,10 +419,10 @@ def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
             found["prefill"] = 2 * weights * Q * P / seconds(case.prefill, device)
             found["decode"] = decode_rate(case, weights + head, device)
             rows = list(range(Q))
-            tokens, keep = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
+            tokens, keep, logp_old = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
             advantage = torch.randn(Q, case.G, device=device)
             update = lambda: asru.update(case.model, case.reference, case.optimizer, case.trained, case.pool, rows, tokens, keep,
-                                         advantage, rows, case.cfg)
+                                         logp_old, advantage, rows, case.cfg)
             body, spoken = 2 * weights * Q * (P + case.G * (R - 1)), 2 * head * Q * case.G * R
             found["update"] = 4 * (body + spoken) / seconds(update, device)        # reference 1, policy forward 1 and backward 2
         if device != "cpu":
