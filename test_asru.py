@@ -1492,7 +1492,7 @@ def test_kept_tokens_end_with_the_end_token(tiny):
     """The end token is trained, nothing after it is, and no vision token was ever sampled."""
     model, proc, data, prompts = tiny()
     cfg = asru.Config(max_new_tokens=40, group=4)
-    _, _, tokens, keep = rollout(model, prompts, cfg)
+    _, _, tokens, keep, _ = rollout(model, prompts, cfg)
     for row, kept in zip(tokens.flatten(0, 1).tolist(), keep.flatten(0, 1).tolist()):
         ends = [i for i, t in enumerate(row) if t in model.cfg.eos_token_ids]
         assert kept == [i <= (ends[0] if ends else len(row)) for i in range(len(row))]

@@ -151,7 +151,7 @@ class Case:
             self.batch, self.pool = random_prompts(self.model, self.Q, prompt)
         object.__setattr__(self.model.cfg, "eos_token_ids", ())
         self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, temperature=self.temperature, top_p=1.0, prompts=self.Q, minibatch=self.Q,
-                               microbatch=6 if name == "embedded" else 2)
+                               microbatch=self.Q if name == "embedded" else 2)
         self.reward, self.generator = Reward(), torch.Generator(device).manual_seed(0)
         if "transformers" in sides:
             from transformers import Qwen3VLConfig as HfConfig, Qwen3VLForConditionalGeneration
