@@ -20,7 +20,7 @@ Where this differs from the paper or from its released script
    this the words after the first one break up.
  5 The key fact must not leak, even inside a refusal; a garbled refusal is none (reward.py).
  6 Log-probabilities are those of the distribution that was sampled from: temperature, top-p and the
-   ban on vision tokens included.
+   ban on vision tokens included. p_old is what the sampler found: no pass is made for it.
  7 Unseen people are among the prompts of stage 2: without them the model begins to tell about strangers.
  8 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal
    rewards are skipped whole, their KL term too.
