@@ -51,9 +51,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -822,7 +819,8 @@ def compare(model, proc, data, cfg):
 def run_rows(model, proc, data, cfg, rows, ideal=None):
     """(name, changes of the settings) -> {name: summary over cfg.seeds seeds}, every run from the same weights.
 
-    ideal: folder of a model that never knew the forget set; where there is one it is the first row.
+    ideal: folder of a model that never knew the forget set; where there is one it is the first row. Seed by seed; what is
+    done is kept in compare.jsonl, from which --resume goes on, to more seeds too.
     """
     shared, sets, runs = get_ready(model, proc, data, cfg), split_sets(data), {}
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -834,8 +832,16 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         runs["retrained"] = [(people_means(sets, get_ready(*other, data, cfg)[2]), 0.0, attacked(*other, cfg))]
     plan = [(name, replace(cfg, **{**preset(cfg.model, changes.get("method")), **changes, "seed": cfg.seed + i}))
             for name, changes in rows for i in range(cfg.seeds)]
-    different = list(dict.fromkeys(row for _, row in plan))         # a variant may be what the settings are anyway
-    bar = tqdm(desc="compare", unit="run", total=len(different), dynamic_ncols=True)
+    different = []
+    for i in range(cfg.seeds):          # a variant may be what the settings are anyway; turned, for no process to get the long ones each time
+        of_seed = list(dict.fromkeys(row for _, row in plan if row.seed == cfg.seed + i))
+        different += of_seed[i % len(of_seed):] + of_seed[:i % len(of_seed)]
+    origin, file = origin_of(cfg, model, data), cfg.out / "compare.jsonl"
+    key = lambda row: json.dumps({**origin, **{name: value for name, value in settings_of(row).items() if name in origin}, "seeds": 0})
+    known, = in_turn(lambda _: finished(file, cfg.resume) if cfg.compare else {}, [0])      # read for all: they must agree on it
+    done = {row: known[key(row)] for row in different if key(row) in known}
+    left = [row for row in different if row not in done]
+    bar = tqdm(desc="compare", unit="run", total=len(different), initial=len(done), dynamic_ncols=True)
 
     def finish(row):
         started = time.perf_counter()
@@ -845,14 +851,40 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         spent = time.perf_counter() - started
         told = attacked(model, proc, row)
         bar.update(workers)
-        return people_means(sets, after), spent, told
+        result = people_means(sets, after), spent, told
+        if cfg.compare:
+            keep_run(file, key(row), *result)
+        return result
 
     workers = world()[1]
-    done = dict(zip(different, in_turn(finish, different)))
+    done.update(zip(left, in_turn(finish, left)))
     bar.close()
     for name, row in plan:
         runs.setdefault(name, []).append(done[row])
     return {name: summary(found, before) for name, found in runs.items()}
+
+
+def keep_run(file, key, means, seconds, attacks):
+    """Another line of compare.jsonl."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    means = {figure: values.tolist() for figure, values in means.items()}
+    with open(file, "a") as lines:
+        lines.write(json.dumps({"key": key, "means": means, "seconds": seconds, "attacks": attacks}) + "\n")
+
+
+def finished(file, resume):
+    """{key: (people's means, seconds, attacks)} of the lines of compare.jsonl, but for one that was cut off; without --resume of none."""
+    good, found = [], {}
+    for line in file.read_text().splitlines() if resume and file.exists() else ():
+        try:
+            run = json.loads(line)
+            found[run["key"]] = {f: np.array(v) for f, v in run["means"].items()}, run["seconds"], run["attacks"]
+            good.append(line + "\n")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            tell(f"{file}: a line is damaged; its run is done again")
+    if file.exists():
+        write_aside(file, "".join(good).encode())
+    return found
 
 
 def people_means(sets, results):
@@ -1189,7 +1221,8 @@ def shard(model, reference):
     A layer is put together for as long as it is computed, and its gradient added up and parted again; so every process
     must call the model as often as any other, or within `gathered`.
     """
-    mesh = init_device_mesh(model.device.type, (world()[1],))
+    from torch.distributed.fsdp import fully_shard      # half of all that is imported takes a second, for this alone
+    mesh = dist.init_device_mesh(model.device.type, (world()[1],))
     for layer in [layer for m in (model, reference) if m for layer in m.text.layers]:
         fully_shard(layer, mesh=mesh)
         layer.set_gradient_divide_factor(1.0)                       # gradients are added up,
@@ -1201,7 +1234,7 @@ def shard(model, reference):
 @contextmanager
 def gathered(model):
     """Within, every process holds all layers whole and may call the model as often as it likes, without gradients."""
-    parted = [layer for layer in model.text.layers if isinstance(layer, FSDPModule)]
+    parted = [layer for layer in model.text.layers if hasattr(layer, "unshard")]
     for layer in parted:
         layer.set_reshard_after_forward(False)
         layer.unshard()
@@ -1223,13 +1256,16 @@ def unshard(model):
 
 
 def whole(value):
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def like(value, p):
     """A copy of a whole tensor as p has it: parted, if p is, and on its device."""
     value = value.to(p.device, copy=True)
-    return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+    if not hasattr(p, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, p.device_mesh, p.placements)
 
 
 # ------------------------------------------------------------------------------ surviving

@@ -2043,6 +2043,16 @@ def test_other_methods_through_the_command(tmp_path, monkeypatch):
     assert report["rows"]["retrained"]["forget"]["mean"] == 0
     assert [name for name, row in report["rows"].items() if "attacks" not in row] == ["ga, utility"]
     assert asru.attacks_table(report["rows"])[-1].split() == ["asru", "25.0"]
+    runs, whole = (tmp_path / "out/compare.jsonl"), asru.unlearn
+    lines, again = runs.read_text().splitlines(), []
+    assert len(lines) == len(asru.ROWS)
+    runs.write_text("\n".join([*lines[1:], lines[0][:99]]))         # one run is lost: killed while its line was written
+    monkeypatch.setattr(asru, "unlearn", lambda *args: again.append(args[3]) or whole(*args))
+    resumed = asru.main([*argv, "--compare", "--seeds", "1", "--attacks", "--resume"])
+    assert len(again) == 1 and runs.read_text().splitlines()[:-1] == lines[1:]
+    drop = lambda found: {name: {**row, "seconds": 0} for name, row in found["rows"].items()}
+    assert drop(resumed) == drop(report)
+    monkeypatch.setattr(asru, "unlearn", whole)
     for row in report["rows"].values():
         row.pop("attacks", 0)
         assert {"effectiveness", "forget", "retain", "context", "seconds"} <= set(row) <= {"effectiveness", *asru.FIGURES, "seconds"}
