@@ -374,7 +374,9 @@ class Qwen3VL(nn.Module):
         eos = torch.tensor(cfg.eos_token_ids, device=device)
 
         # 1 Prefill: every prompt once, whatever the number of its samples.
+        captured, graph = self.captured and device.type == "cuda", None
         cache = Cache(cfg.text, B, self.lm_head.weight.dtype, device)
+        cache.make_room(P + (G * (max_new_tokens - 1) if captured else ROOM))       # a captured step cannot grow
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
         last = (torch.arange(P, device=device) == P - 1).expand(B, P)       # of left-padded rows it is a token
@@ -387,7 +389,6 @@ class Qwen3VL(nn.Module):
             chance = torch.rand(B, G, max_new_tokens, dtype=torch.float64, generator=generator, device=device)
         tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
         done = torch.zeros(B, G, dtype=torch.bool, device=device)
-        captured, graph = self.captured and device.type == "cuda", None
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
             point = None if chance is None else chance[rows[owner], :, n]   # (N, G)

@@ -333,11 +333,10 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
     states       8 t, or 4 t in bfloat16
     reference    2 t: it shares what is not trained; adapters need none
     gradients    2 t in backward; 4 t at the optimizer's step, when they are float32; adapters 4 t
-    activations  of b prompts of P tokens with G responses of R, T = b (P + G (R - 1)) tokens; a layer keeps
-                   T (4 D + 4 F + 4 H d + 3 K d) + b G (P + R - 1) 2 K d, two bytes each: both norms' input and output; q
-                   before and after its norm and turn, attention's output twice; k likewise, v; gate, its silu, up,
-                   inner; and the keys and values that are laid out per response: what autograd's hooks count, to 0.5 %,
-                   with decoder and LoRA. An upper limit with mlp.
+    activations  of b prompts of P tokens with G responses of R that begin with nothing alike, T = b (P + G (R - 1)) tokens; a
+                   layer keeps T (4 D + 4 F + 4 H d + 3 K d), two bytes each: both norms' input and output; q before and after
+                   its norm and turn, attention's output twice; k likewise, v; gate, its silu, up, inner: what autograd's
+                   hooks count, to 0.5 %. An upper limit with mlp, and where responses or prompts are shorter.
                    --recompute: T D of every layer, and one layer whole. The head's chunk of logits comes on top.
     cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, and what sampling makes of Q G rows of V logits
     Gradients and activations, the optimizer's step and the rollout do not meet: the total has the largest of the three.
@@ -359,7 +358,7 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
             D, F, L = text.hidden_size, text.intermediate_size, text.num_hidden_layers
             Hd, Kd = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
             T = b * (P + G * (R - 1))
-            layer = 2 * (T * (4 * D + 4 * F + 4 * Hd + 3 * Kd) + b * G * (P + R - 1) * 2 * Kd)
+            layer = 2 * T * (4 * D + 4 * F + 4 * Hd + 3 * Kd)
             head = LOGIT * min(asru.HEAD_CHUNK, b * G * R * text.vocab_size)
             held = [2 * N + 4 * t * (not full), 4 * t * full, (8 if cfg.state_dtype == "float32" else 4) * t, 2 * t * full]
             activations = L * layer + head, 2 * L * T * D + layer + head
