@@ -1221,7 +1221,7 @@ def shard(model, reference):
     A layer is put together for as long as it is computed, and its gradient added up and parted again; so every process
     must call the model as often as any other, or within `gathered`.
     """
-    from torch.distributed.fsdp import fully_shard      # half of all that is imported takes a second, for this alone
+    from torch.distributed.fsdp import fully_shard      # slow to import, and for this alone
     mesh = dist.init_device_mesh(model.device.type, (world()[1],))
     for layer in [layer for m in (model, reference) if m for layer in m.text.layers]:
         fully_shard(layer, mesh=mesh)
