@@ -221,6 +221,16 @@ class Packing:
     pack: torch.Tensor                         # (1, N) place of each token in (B * W)
     wanted: torch.Tensor = None                # (M,) places in the row whose hidden states are asked for; None: all
 
+    def rows(self, x):
+        """(1, N, ...) -> (B, W, ...), padding and all; without any both are the same."""
+        return at(x, self.spread) if self.pack.numel() < self.spread.numel() else x.view(*self.spread.shape, *x.shape[2:])
+
+    def row(self, x, wanted=None):
+        """(B, W, ...) -> (1, N, ...), or (1, M, ...) of the wanted places."""
+        if wanted is not None:
+            return at(x, self.pack[:, wanted])
+        return at(x, self.pack) if self.pack.numel() < self.spread.numel() else x.view(1, -1, *x.shape[2:])
+
 
 def packed(ids, segments, positions, wanted):
     """Slots (B, W), positions (3, B, W), wanted (B, W) bool -> the fields of a Batch without those that are padding."""
@@ -556,12 +566,12 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)           # (B, T, K, d)
         v = self.v_proj(x).view(heads)                                      # (B, T, K, d)
         if packing is not None:
-            q, k, v = (at(y, packing.spread) for y in (q, k, v))            # (B, W, H or K, d)
+            q, k, v = map(packing.rows, (q, k, v))                          # (B, W, H or K, d)
         if cache is not None:
             k, v = cache.write(self.index, k, v)                            # (B, S, K, d)
         out = attend(q, k, v, mask)                                         # (B, T, H * d)
         if packing is not None:
-            out = at(out, packing.pack if wanted is None else packing.pack[:, wanted])      # (1, N or M, H * d)
+            out = packing.row(out, wanted)                                  # (1, N or M, H * d)
         return self.o_proj(out)
 
 
