@@ -257,7 +257,7 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
 
         def record(value, site, index):
             if (site, index) == ("mlp_inner", layer):
-                found.append(value[:, -fed.shape[1]:][chosen].double())
+                found.append(value[:, value.shape[1] - fed.shape[1]:][chosen].double())
             return value
 
         model(replace(batch, input_ids=torch.cat([batch.input_ids, tokens[:, :-1]], 1),
@@ -832,12 +832,13 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         runs["retrained"] = [(people_means(sets, get_ready(*other, data, cfg)[2]), 0.0, attacked(*other, cfg))]
     plan = [(name, replace(cfg, **{**preset(cfg.model, changes.get("method")), **changes, "seed": cfg.seed + i}))
             for name, changes in rows for i in range(cfg.seeds)]
-    different = []
-    for i in range(cfg.seeds):          # a variant may be what the settings are anyway; turned, for no process to get the long ones each time
+    different = []                      # a variant may be what the settings are anyway
+    for i in range(cfg.seeds):          # turned, so that no process gets the long ones each time
         of_seed = list(dict.fromkeys(row for _, row in plan if row.seed == cfg.seed + i))
         different += of_seed[i % len(of_seed):] + of_seed[:i % len(of_seed)]
     origin, file = origin_of(cfg, model, data), cfg.out / "compare.jsonl"
-    key = lambda row: json.dumps({**origin, **{name: value for name, value in settings_of(row).items() if name in origin}, "seeds": 0})
+    key = lambda row: json.dumps(
+        {**origin, **{name: value for name, value in settings_of(row).items() if name in origin}, "seeds": 0})
     known, = in_turn(lambda _: finished(file, cfg.resume) if cfg.compare else {}, [0])      # read for all: they must agree on it
     done = {row: known[key(row)] for row in different if key(row) in known}
     left = [row for row in different if row not in done]
@@ -873,7 +874,8 @@ def keep_run(file, key, means, seconds, attacks):
 
 
 def finished(file, resume):
-    """{key: (people's means, seconds, attacks)} of the lines of compare.jsonl, but for one that was cut off; without --resume of none."""
+    """{key: (people's means, seconds, attacks)} of compare.jsonl's lines, but for one that was cut off; without --resume
+    of none, and they are removed."""
     good, found = [], {}
     for line in file.read_text().splitlines() if resume and file.exists() else ():
         try:

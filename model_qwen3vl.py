@@ -402,7 +402,7 @@ class Qwen3VL(nn.Module):
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
             point = None if chance is None else chance[rows[owner], :, n]   # (N, G)
-            drawn, said = self._next_token(hidden.flatten(0, 1), temperature, top_p, point)       # (N, G) each sample's at each node
+            drawn, said = self._next_token(hidden.flatten(0, 1), temperature, top_p, point)     # (N, G), of every node
             token = drawn.expand(-1, G).gather(0, node).masked_fill(done, cfg.pad_token_id)                 # (B, G)
             tokens[rows, :, n] = token
             if logp is not None:
@@ -522,7 +522,8 @@ class TextModel(nn.Module):
         for i, layer in enumerate(self.layers):
             again = self.recompute and torch.is_grad_enabled()
             left = wanted if i + 1 == len(self.layers) > deep else None
-            x = (partial(checkpoint, layer, use_reentrant=False) if again else layer)(x, rope, mask, packing, left, cache, hook)  # (B, T, D)
+            run = partial(checkpoint, layer, use_reentrant=False) if again else layer
+            x = run(x, rope, mask, packing, left, cache, hook)              # (B, T, D)
             if i < deep:                                   # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
             x = hook(x, "resid", i)                        # the residual stream as layer i + 1 reads it
