@@ -1024,11 +1024,17 @@ def trainable(model, cfg):
               "mlp": [p for layer in model.text.layers for p in layer.mlp.parameters()]}[cfg.train]
     for p in chosen:
         p.requires_grad_(True)
-    rng = torch.Generator().manual_seed(cfg.seed)
-    for part, name, child in places(model) if cfg.lora_rank else ():
-        if isinstance(child, torch.nn.Linear) and child.weight.requires_grad:
-            setattr(part, name, LowRank(child, cfg.lora_rank, rng))
+    if cfg.lora_rank:
+        adapt(model.text, cfg.lora_rank, cfg.seed)
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def adapt(decoder, rank, seed):
+    """Every linear layer that would be trained gets an adapter, which is trained instead."""
+    rng = torch.Generator().manual_seed(seed)
+    for part, name, child in places(decoder):
+        if isinstance(child, torch.nn.Linear) and child.weight.requires_grad:
+            setattr(part, name, LowRank(child, rank, rng))
 
 
 @torch.no_grad()
@@ -1037,15 +1043,15 @@ def merge(model):
 
     In place: a reference, which shares W, is of no use any more. bfloat16 rounds here, as full training does.
     """
-    for part, name, child in places(model):
+    for part, name, child in places(model.text):
         if isinstance(child, LowRank):
             child.linear.weight.copy_(child.linear.weight + child.B @ child.A)          # (out, in)
             setattr(part, name, child.linear)
 
 
-def places(model):
-    """Every module of the decoder, as (the one that holds it, its name there, itself)."""
-    return [(part, name, child) for part in model.text.modules() for name, child in part.named_children()]
+def places(decoder):
+    """Every module of it, as (the one that holds it, its name there, itself)."""
+    return [(part, name, child) for part in decoder.modules() for name, child in part.named_children()]
 
 
 class LowRank(torch.nn.Module):
@@ -1600,7 +1606,7 @@ def run(argv):
     cfg = join_processes(parse_config(argv))
     check_machine(cfg)
     torch.manual_seed(cfg.seed)
-    set_up_torch()
+    set_up_torch(cfg.device)
     data = load_data(cfg)
     proc = Processor.from_pretrained(cfg.model, cfg.offline)
     model = Qwen3VL.from_pretrained(cfg.model, device=cfg.device, offline=cfg.offline)

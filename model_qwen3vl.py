@@ -221,15 +221,37 @@ class Packing:
     pack: torch.Tensor                         # (1, N) place of each token in (B * W)
     wanted: torch.Tensor = None                # (M,) places in the row whose hidden states are asked for; None: all
 
+    @property
+    def padded(self):
+        return self.pack.numel() < self.spread.numel()
+
     def rows(self, x):
         """(1, N, ...) -> (B, W, ...), padding and all; without any both are the same."""
-        return at(x, self.spread) if self.pack.numel() < self.spread.numel() else x.view(*self.spread.shape, *x.shape[2:])
+        return move(x, self.spread, self.pack) if self.padded else x.view(*self.spread.shape, *x.shape[2:])
 
     def row(self, x, wanted=None):
         """(B, W, ...) -> (1, N, ...), or (1, M, ...) of the wanted places."""
         if wanted is not None:
             return at(x, self.pack[:, wanted])
-        return at(x, self.pack) if self.pack.numel() < self.spread.numel() else x.view(1, -1, *x.shape[2:])
+        return move(x, self.pack, self.spread) if self.padded else x.view(1, -1, *x.shape[2:])
+
+
+def move(x, there, back):
+    return Moved.apply(x, there, back) if x.requires_grad else at(x, there)
+
+
+class Moved(torch.autograd.Function):
+    """`at(x, there)`, whose gradient is `at(gradient, back)`: nothing is added up. What a slot of padding gets for its gradient
+    is another's, and reaches nothing: padding is seen by padding alone."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.save_for_backward(back)
+        return at(x, there)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return at(gradient, *ctx.saved_tensors), None, None
 
 
 def packed(ids, segments, positions, wanted):
@@ -319,6 +341,13 @@ class Qwen3VL(nn.Module):
         """(..., D) -> (..., V). A call of its own, so that nobody makes (B, T, V) by accident."""
         return self.lm_head(hidden)
 
+    def allowed_logits(self, hidden):
+        """As `logits`, with -inf for vision tokens."""
+        ban = hidden.new_zeros(self.cfg.text.vocab_size)                    # a bias: the product adds it at no cost
+        for token in self.cfg.never_sampled:
+            ban[token] = -torch.inf
+        return F.linear(hidden, self.lm_head.weight, ban)
+
     def continuations(self, batch, tokens, keep):
         """Hidden states that predict the kept tokens of G continuations per prompt: (kept, D), in keep's order.
 
@@ -353,8 +382,7 @@ class Qwen3VL(nn.Module):
         Vision tokens are out. top_p keeps the smallest set of tokens whose probability reaches it, and `include` (n,)
         besides; `support` (n, V) bool takes that set from another policy instead. Outside the set: -inf.
         """
-        logits = self.logits(hidden).float() / temperature      # fp32: bf16 loses digits of the softmax
-        logits[:, self.cfg.never_sampled] = -torch.inf
+        logits = self.allowed_logits(hidden).float() / temperature      # fp32: bf16 loses digits of the softmax
         if support is None and top_p < 1.0:
             with torch.no_grad():
                 p = logits.softmax(-1)
@@ -432,12 +460,10 @@ class Qwen3VL(nn.Module):
     def _next_token(self, hidden, temperature, top_p, point):
         """(N, D), numbers in [0, 1) (N, G) -> token ids and their log-probabilities, (N, G); greedy (N, 1) and None."""
         if temperature == 0.0:
-            logits = self.logits(hidden)
-            logits[..., self.cfg.never_sampled] = -torch.inf
-            return logits.argmax(-1, keepdim=True), None
+            return self.allowed_logits(hidden).argmax(-1, keepdim=True), None
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
         logp = self.distribution(hidden, temperature, top_p)                                            # (N, V)
-        mass = logp.exp().cumsum(-1, dtype=torch.float64)
+        mass = running_sum(logp.exp(), dtype=torch.float64)
         drawn = torch.searchsorted(mass, point * mass[:, -1:], right=True)     # no token of p 0: there the sum is flat
         return drawn, logp.gather(1, drawn)
 
@@ -579,15 +605,22 @@ class Attention(nn.Module):
 def attend(q, k, v, mask=None):
     """Softmax attention. q: (B, T, H, d), k and v: (B, S, K, d), mask: see `visible` -> (B, T, H * d)."""
     B, T, H, d = q.shape
-    k, v = k.transpose(1, 2), v.transpose(1, 2)                             # (B, K, S, d)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, H, T, d), (B, K, S, d)
+    K = k.shape[1]
+    if q.is_cuda and torch.is_grad_enabled():
+        # The kernel whose backward adds in the same order each time works head by head: with H it is quick, with K it is not.
+        k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))             # (B, H, S, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, :, :T])
+        return out.transpose(1, 2).reshape(B, T, H * d)
     # The H / K query heads of a key head are more queries of that head: no copy of keys, any kernel will do.
-    q = q.transpose(1, 2).reshape(B, k.shape[1], -1, d)                     # (B, K, H / K * T, d)
+    q = q.reshape(B, K, -1, d)                                              # (B, K, H / K * T, d)
     if q.is_cuda or k[0, 0].numel() > 2**14:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with any_kernel():          # without a backward each adds in one order
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:               # few keys on a CPU: its kernels are slower than these four operations, or are a dozen small ones
         scores = (q * d**-0.5) @ k.transpose(2, 3)                          # (B, K, H / K * T, S)
         out = (scores if mask is None else scores.add_(mask)).softmax(-1) @ v
-    return out.view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
+    return out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
 
 
 def at(x, places):
@@ -658,10 +691,27 @@ def nucleus_threshold(p, top_p, k=64):
     decoding step around it.
     """
     top = p.topk(min(k, p.shape[-1])).values                                # (n, k) falling
-    before = top.cumsum(-1) - top                                           # mass of the likelier ones
+    before = running_sum(top) - top                                         # mass of the likelier ones
     if k < p.shape[-1] and bool((before[:, -1] < top_p).any()):
         return nucleus_threshold(p, top_p, 8 * k)
     return top.gather(1, (before < top_p).sum(-1, keepdim=True) - 1)
+
+
+def running_sum(x, **kind):
+    """Along the last dimension. On CUDA torch does not vouch for its order, which a row of its own has."""
+    with any_kernel():
+        return x.cumsum(-1, **kind)
+
+
+@contextmanager
+def any_kernel():
+    """Within, torch may take kernels for which it does not vouch that they add in the same order each time."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def visible(segments, cache, repeat, dtype):
@@ -937,17 +987,15 @@ class CapturedStep:
     def __init__(self, model, cache, batch, steps):
         self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
         cache.read_whole(batch.segments.shape[1], steps)
-        exact = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)       # no two tokens share a slot: writing is exact without a sort
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            model(self.batch, cache=cache)              # what is set up at a first call must not be captured
-        torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with any_kernel(), torch.cuda.stream(side):     # no two tokens share a slot: writing is exact without a sort
+            model(self.batch, cache=cache)              # what is set up at a first call must not be captured
+            self.graph.capture_begin()                  # not torch.cuda.graph: it empties the allocator's cache
             self.hidden = model(self.batch, cache=cache)                    # (B, G, D)
-        torch.use_deterministic_algorithms(exact, warn_only=True)
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
         cache.end = end
 
     READ = ("input_ids", "position_ids", "segments")

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import asru                                                                 # noqa: E402
-from eval import Prompts, encode, load_samples                              # noqa: E402
+from eval import Prompts, encode, load_samples, projections                              # noqa: E402
 from model_qwen3vl import Batch, Processor, Qwen3VL, Qwen3VLConfig          # noqa: E402
 from reward import Reward                                                   # noqa: E402
 
@@ -42,11 +43,10 @@ def main():
     args = parser.parse_args()
     if args.memory:
         return memory_table()
-    settings("ours")
     if args.alone:
         what, side, case = args.alone
         settings(side)
-        return print(json.dumps({"memory": peak_memory, "cuda": cuda_side}[what](side, case)))
+        return print(json.dumps({"memory": peak_memory, "cuda": cuda_side, "limits": machine_limits}[what](side, case)))
     pairs = 2 if args.quick else 5
     if args.cuda is not None:
         return cuda_table(args.cuda or ["2B", "4B", "8B"])
@@ -54,7 +54,7 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio = transformers / ours, median of {pairs} pairs (range)\n")
     print(f"{'case':10}{'what':30}{'ours':>10}{'transformers':>14}{'ratio':>8}   range")
     for name in ("embedded", "cpu-shape"):
-        case = Case(name)
+        case = Case(name).train()
         for what, ours, theirs in (("prefill", case.prefill, case.hf_prefill), ("decode", case.decode, case.hf_decode),
                                    ("GRPO step", case.step, case.hf_step)):
             row(name, what, *alternate(ours, theirs, pairs))
@@ -75,8 +75,9 @@ def row(name, what, ours, theirs):
 
 def settings(side):
     """asru.py's own switches for us, torch's defaults for transformers."""
-    asru.set_up_torch()
-    if side == "transformers":
+    if side == "ours":
+        asru.set_up_torch()
+    else:
         torch.use_deterministic_algorithms(False)
 
 
@@ -139,6 +140,7 @@ class Case:
 
     def __init__(self, name, sides=("ours", "transformers"), device="cpu", Q=2, G=8, prompt=350, response=40):
         torch.manual_seed(0)
+        self.hf_rows = 8 if device != "cpu" else None           # GRPOTrainer's batch; all at once where memory allows
         self.Q, self.G, self.R = (16, 8, 12) if name == "embedded" else (Q, G, response)       # its answers have 11 on average
         self.temperature = json.loads((EMBEDDED / "asru.json").read_text())["temperature"] if name == "embedded" else 1.5
         if name == "embedded":
@@ -151,7 +153,7 @@ class Case:
             self.batch, self.pool = random_prompts(self.model, self.Q, prompt)
         object.__setattr__(self.model.cfg, "eos_token_ids", ())
         self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, temperature=self.temperature, top_p=1.0, prompts=self.Q, minibatch=self.Q,
-                               microbatch=self.Q if name == "embedded" else 2)
+                               microbatch=self.Q if name == "embedded" else MICROBATCH.get(name, 2))
         self.reward, self.generator = Reward(), torch.Generator(device).manual_seed(0)
         if "transformers" in sides:
             from transformers import Qwen3VLConfig as HfConfig, Qwen3VLForConditionalGeneration
@@ -160,22 +162,31 @@ class Case:
                 self.hf = Qwen3VLForConditionalGeneration(HfConfig(**{k: v for k, v in raw.items() if k != "model_type"}))
             self.hf = self.hf.to(self.model.lm_head.weight.dtype).eval()
             self.hf.load_state_dict(self.model.state_dict())
-            self.hf.requires_grad_(False)
-            self.hf_reference = copy.deepcopy(self.hf)
-            trained = [p.requires_grad_(True) for p in self.hf.model.language_model.layers.parameters() if p.dim() == 2]
-            self.hf_optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
             b = self.batch
             self.inputs = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "pixel_values": b.pixel_values,
                            "image_grid_thw": b.image_grid_thw,
                            "mm_token_type_ids": (b.input_ids == self.model.cfg.image_token_id).int()}
-        if "ours" in sides:
-            self.model.requires_grad_(False)
-            self.trained = [p.requires_grad_(True) for p in self.model.text.layers.parameters() if p.dim() == 2]
-            exact = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]     # as asru.py does
-            self.optimizer = torch.optim.AdamW(exact, lr=1e-6, fused=True)
-            self.reference = asru.frozen_copy(self.model)
-        else:
+        if "ours" not in sides:
             self.model.to("meta")
+
+    def train(self, rank=0):
+        """Get ready for `step` and `hf_step`: of the decoder's projections or, with a rank, of adapters to them."""
+        self.cfg = replace(self.cfg, lora_rank=rank)
+        if not self.model.lm_head.weight.is_meta:
+            self.trained = asru.trainable(self.model, self.cfg)
+            self.reference = asru.frozen_copy(self.model)
+            self.optimizer = asru.optimizer_of(asru.exactly(self.trained), 1e-6, 0.0, self.cfg)
+        if hasattr(self, "hf"):
+            decoder = self.hf.model.language_model
+            self.hf.requires_grad_(False)
+            for p in decoder.layers.parameters():
+                p.requires_grad_(p.dim() == 2)
+            if rank:
+                asru.adapt(decoder, rank, seed=0)
+            self.hf_trained = [p for p in self.hf.parameters() if p.requires_grad]
+            self.hf_reference = asru.frozen_copy(self.hf)       # of what is trained alone; it has no adapters
+            self.hf_optimizer = torch.optim.AdamW(self.hf_trained, lr=1e-6, fused=True)
+        return self
 
     # -- ours
 
@@ -218,24 +229,27 @@ class Case:
         rewards = self.rewarded(ids[:, P:].view(self.Q, self.G, -1))
         advantage = asru.group_advantage(rewards).flatten()[:, None]
         repeated = {name: value.repeat_interleave(self.G, 0) for name, value in self.inputs.items()
-                    if name in ("attention_mask", "mm_token_type_ids")}
+                    if name in ("attention_mask", "mm_token_type_ids", "image_grid_thw")}
         ones = torch.ones(len(ids), self.R, dtype=torch.long, device=ids.device)
-        rows = self.inputs["image_grid_thw"].prod(1).tolist()
         full = {"input_ids": ids, "attention_mask": torch.cat([repeated["attention_mask"], ones], 1),
                 "mm_token_type_ids": torch.cat([repeated["mm_token_type_ids"], 0 * ones.int()], 1),
-                "pixel_values": torch.cat([part.repeat(self.G, 1) for part in self.inputs["pixel_values"].split(rows)]),
-                "image_grid_thw": self.inputs["image_grid_thw"].repeat_interleave(self.G, 0)}
+                "image_grid_thw": repeated["image_grid_thw"]}
+        patches = self.inputs["pixel_values"].split(self.inputs["image_grid_thw"].prod(1).tolist())
 
-        def logp(model):
-            logits = model(**full, logits_to_keep=self.R + 1).logits[:, :-1].float() / self.temperature
-            return logits.log_softmax(-1).gather(-1, ids[:, P:, None])[..., 0]
+        def logp(model, rows):
+            pixels = torch.cat([patches[row // self.G] for row in rows])
+            some = {name: value[rows] for name, value in full.items()}
+            logits = model(**some, pixel_values=pixels, logits_to_keep=self.R + 1).logits[:, :-1].float() / self.temperature
+            return logits.log_softmax(-1).gather(-1, ids[rows, P:, None])[..., 0]
 
-        with torch.no_grad():
-            reference = logp(self.hf_reference)
-        policy = logp(self.hf)
-        loss = (self.cfg.kl * asru.k3(policy, reference) - asru.clipped_surrogate(policy, policy.detach(), advantage, 0.2)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.hf.parameters(), 1.0)
+        for rows in torch.arange(len(ids)).split(self.hf_rows or len(ids)):
+            rows = rows.tolist()
+            with torch.no_grad():
+                reference = logp(self.hf_reference, rows)
+            policy = logp(self.hf, rows)
+            loss = self.cfg.kl * asru.k3(policy, reference) - asru.clipped_surrogate(policy, policy.detach(), advantage[rows], 0.2)
+            (loss.sum() / (len(ids) * self.R)).backward()
+        torch.nn.utils.clip_grad_norm_(self.hf_trained, 1.0)
         self.hf_optimizer.step()
         self.hf_optimizer.zero_grad()
 
@@ -268,8 +282,8 @@ def redirection_seconds(device):
     return seconds(lambda: asru.solve_redirection(keys[0], shift, keys[1:], 1e-4), device)
 
 
-def seconds(run, device="cpu", times=5):
-    """Of one call: the median of five, after a first one to warm up."""
+def seconds(run, device="cpu", times=3):
+    """Of one call: the median, after a first one to warm up."""
     wait, found = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None, []
     for _ in range(1 + times):
         start = time.perf_counter()
@@ -285,7 +299,7 @@ def scaling(pairs):
              "response doubled": {**base, "response": 80}}
     first = None
     for label, shape in cases.items():
-        case = Case("cpu-shape", ("ours",), **shape)
+        case = Case("cpu-shape", ("ours",), **shape).train()
         case.step()
         times = []
         for _ in range(pairs):
@@ -309,7 +323,7 @@ def alone(what, side, case):
 def peak_memory(side, name):
     """Peak resident memory of one GRPO step over what is held before it, in bytes."""
     torch.set_num_threads(2)
-    case = Case(name, (side,))
+    case = Case(name, (side,)).train()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     Path("/proc/self/clear_refs").write_text("5")                           # start the peak anew
     (case.step if side == "ours" else case.hf_step)()
@@ -383,9 +397,10 @@ def cuda_table(names):
     """Real shapes with random weights: what share of the machine each part reaches, and the step against transformers'."""
     if not torch.cuda.is_available():
         sys.exit("bench.py: --cuda needs a GPU, and this machine or this build of torch has none")
-    rate, bandwidth = machine_limits("cuda")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s bf16, {bandwidth / 1e9:.0f} GB/s, both measured")
-    print(f"stage 1, 4B shape, 400 forget and 400 boundary keys: {redirection_seconds('cuda'):.2f} s\n")
+    limits = alone("limits", "ours", "cuda")
+    rate, bandwidth = limits["rate"], limits["bandwidth"]
+    print("{name}, torch {torch}: {:.0f} TFLOP/s bf16, {:.0f} GB/s, both measured".format(rate / 1e12, bandwidth / 1e9, **limits))
+    print(f"stage 1, 4B shape, 400 forget and 400 boundary keys: {limits['stage 1']:.3f} s\n")
     print(f"{'shape':8}{'prefill':>10}{'decode':>10}{'update':>10}{'step':>10}{'transformers':>14}{'ratio':>8}{'memory':>10}{'transformers':>14}")
     for name in names:
         mine, other = alone("cuda", "ours", name), alone("cuda", "transformers", name)
@@ -395,42 +410,52 @@ def cuda_table(names):
               f"{cell(' %', mine, 100 / rate, 'update', '.0f'):>10}{cell(' s', mine, 1, 'step', '.2f'):>10}"
               f"{cell(' s', other, 1, 'step', '.2f'):>14}{ratio:>8}{cell(' GB', mine, 1e-9, 'memory', '.1f'):>10}"
               f"{cell(' GB', other, 1e-9, 'memory', '.1f'):>14}")
-    print("\nprefill, update: share of the matrix rate; decode, 64 rows: share of the bandwidth; step: 16 prompts of 350, G 8, 50 new tokens")
+    print("\nprefill (of pictures seen before), update: share of the matrix rate; decode, 64 rows: share of the bandwidth; step: 16 prompts of"
+          f"\n350 tokens, G 8, 50 new tokens. Adapters: {ADAPTED}; prompts in a microbatch: {MICROBATCH}; transformers: 8 rows at a time, as\n"
+          "GRPOTrainer has it by default. Medians of three, transformers' of two, after one to warm up.")
 
 
-def machine_limits(device, n=8192):
-    """What this GPU does at best: bf16 matrix products in FLOP/s, copying in bytes/s."""
+def machine_limits(side, device, n=8192):
+    """What this GPU does at best: bf16 matrix products in FLOP/s, copying in bytes/s; and stage 1 in seconds."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     many = lambda run: lambda: [run() for _ in range(20)]
-    rate = 20 * 2 * n**3 / seconds(many(lambda: a @ a), device)
     b = torch.empty(2**30, dtype=torch.uint8, device=device)
-    return rate, 20 * 2 * 2**30 / seconds(many(b.clone), device)
+    return {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "rate": 20 * 2 * n**3 / seconds(many(lambda: a @ a), device),
+            "bandwidth": 20 * 2 * 2**30 / seconds(many(b.clone), device), "stage 1": redirection_seconds(device)}
 
 
 def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
     """FLOP/s of prefill and update, bytes/s of decoding, seconds and peak bytes of a step; what lacks memory is absent."""
-    found = {}
+    found, rank = {}, ADAPTED.get(name, 0)
     try:
         case = Case(name, (side,), device, Q=Q, prompt=P, response=R)
-        if side == "ours":
-            weights = sum(p.numel() for p in case.trained)                  # a token's products are two FLOP with each
-            head = case.model.lm_head.weight.numel()
-            found["prefill"] = 2 * weights * Q * P / seconds(case.prefill, device)
+        weights, head = sum(p.numel() for p in projections(case.model)), case.model.lm_head.weight.numel()
+        if side == "ours":                                                  # a token's products are two FLOP with each weight
+            batch = case.pool.batch(range(Q), device)
+            with torch.no_grad():
+                found["prefill"] = 2 * weights * Q * P / seconds(lambda: case.model(batch), device)
             found["decode"] = decode_rate(case, weights + head, device)
+        case.train(rank)
+        if side == "ours":
             rows = list(range(Q))
             tokens, keep, logp_old = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
             advantage = torch.randn(Q, case.G, device=device)
             update = lambda: asru.update(case.model, case.reference, case.optimizer, case.trained, case.pool, rows, tokens, keep,
                                          logp_old, advantage, rows, case.cfg)
             body, spoken = 2 * weights * Q * (P + case.G * (R - 1)), 2 * head * Q * case.G * R
-            found["update"] = 4 * (body + spoken) / seconds(update, device)        # reference 1, policy forward 1 and backward 2
+            passes = 3 if rank else 4       # reference 1, policy 1, backward 2, of which a frozen weight needs one
+            found["update"] = (passes * body + 3 * spoken) / seconds(update, device)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        found["step"] = seconds(case.step if side == "ours" else case.hf_step, device)
+        found["step"] = seconds(case.step if side == "ours" else case.hf_step, device, times=3 if side == "ours" else 2)
         found["memory"] = torch.cuda.max_memory_allocated() if device != "cpu" else 0
     except torch.OutOfMemoryError:
         pass
     return found
+
+
+ADAPTED = {"8B": 16}        # trained through adapters of this rank: whole, its states alone would fill a card of 80 GB
+MICROBATCH = {"2B": 8, "4B": 3, "8B": 6}        # what such a card holds
 
 
 def decode_rate(case, weights, device, rows=64):
@@ -439,7 +464,7 @@ def decode_rate(case, weights, device, rows=64):
     batch = case.pool.batch(range(Q), device)
     P, R = batch.input_ids.shape[1], case.R
     generate = lambda n: seconds(lambda: case.model.generate(batch, n, case.G, 1.5, 1.0, case.generator), device)
-    step = (generate(R) - generate(1)) / (R - 1)
+    step = (generate(R) - generate(2)) / (R - 2)                            # two tokens: with the capture of a step
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * Q * (P + case.G * R / 2)
     return case.model.lm_head.weight.element_size() * (weights + cache) / step
 
