@@ -46,6 +46,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, partialmethod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (Prompts, answer_logp, answer_means, answer_totals, attack, check_device, chunks, command,
-                  content_words, encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare,
+from eval import (Prompts, answer_logp, answer_means, answer_tokens, answer_totals, attack, check_device, chunks,
+                  command, content_words, encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare,
                   print_answers, print_table, projections, report, respond, set_signals, set_up_torch, split_sets,
                   world)
 from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, tree_of, write_aside
@@ -351,10 +352,10 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         rows, twins = next(stream)
 
         # 1 Sample G responses to each of Q prompts: tokens (Q, G, C), kept up to and including the end token.
-        tokens, keep, logp_old = sample_groups(model, pool, rows, cfg, generator)
+        said = sample_groups(model, pool, rows, cfg, generator)
 
         # 2 Reward them.
-        texts = [proc.decode(group, pool.samples[i].get("begun", "")) for i, group in zip(rows, tokens)]
+        texts = [proc.decode(group, pool.samples[i].get("begun", "")) for i, group in zip(rows, said.tokens)]
         rewards, terms = reward(texts, [pool.samples[i] for i in rows], [roles[i] for i in rows], twins)
         rewards = torch.tensor(rewards, device=model.device)                # (Q, G)
 
@@ -366,7 +367,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 
         # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
-            stats = update(model, reference, optimizer, trained, pool, rows, tokens, keep, logp_old, advantage, live, cfg)
+            stats = update(model, reference, optimizer, trained, pool, said, advantage, live, cfg)
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -375,8 +376,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 
         seconds = time.perf_counter() - started
         kinds = [kind_of(pool.samples[i], roles[i]) for i in rows]
-        line = {"stage": 2, "step": step, **step_report(texts, rewards, kinds, terms, keep),
-                "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(keep.sum()) / seconds}
+        line = {"stage": 2, "step": step, **step_report(texts, rewards, kinds, terms, said.keep),
+                "live_groups": len(live) / len(rows), **stats, "tokens_per_s": int(said.keep.sum()) / seconds}
         log(line)
         shown = ("reward", "refuse_forget", "refuse_retain", "kl")
         bar.set_postfix({name: f"{line[name]:.2f}" for name in shown if name in line})
@@ -392,10 +393,17 @@ def down_proj_of(model, layer):
     return model.text.layers[layer].mlp.down_proj.weight
 
 
+class Rollout(NamedTuple):
+    """G responses to each of Q prompts."""
+    rows: list                      # (Q,) which prompts of the pool
+    tokens: torch.Tensor            # (Q, G, C)
+    keep: torch.Tensor              # (Q, G, C) bool, true up to and including the end token
+    logp: torch.Tensor              # (Q, G, C) log-probability of each token when it was drawn, in nats
+
+
 @torch.no_grad()
 def sample_groups(model, pool, rows, cfg, generator):
-    """G responses to each prompt: tokens (Q, G, C), keep (Q, G, C), true up to and including the end token, and the
-    log-probability of each token, (Q, G, C), in nats."""
+    """A Rollout of these prompts of the pool."""
     shape = len(rows), cfg.group, cfg.max_new_tokens
     chance = torch.rand(shape, dtype=torch.float64, generator=generator, device=model.device)
 
@@ -412,7 +420,7 @@ def sample_groups(model, pool, rows, cfg, generator):
                         for part in said]).to(model.device)                 # (Q, G, C)
     ended = torch.isin(tokens, torch.tensor(model.cfg.eos_token_ids, device=tokens.device)).long()
     keep = ended.cumsum(-1) - ended == 0                                    # nothing has ended before this token
-    return tokens, keep, torch.cat(logp)[..., :longest].to(model.device)
+    return Rollout(rows, tokens, keep, torch.cat(logp)[..., :longest].to(model.device))
 
 
 def group_advantage(reward, eps=1e-6):
@@ -432,8 +440,12 @@ def k3(logp, logp_ref):
     return q.exp() - q - 1
 
 
-def update(model, reference, optimizer, trained, pool, rows, tokens, keep, logp_old, advantage, live, cfg):
-    """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm."""
+def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg):
+    """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm.
+
+    said: a Rollout; advantage: (Q, G); live: places in it of the groups whose rewards differ.
+    """
+    rows, tokens, keep, logp_old = said
     if not advantage.isfinite().all():
         raise FloatingPointError("a reward is no number, and no step was made")
     args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
@@ -698,9 +710,7 @@ def npo_loss(log_ratio, beta):
 
 def kl_of_answers(model, reference, proc, prompts):
     """KL(p_0 || p) over the vocabulary, in nats, mean over the tokens of the prompts' own answers."""
-    end = list(model.cfg.eos_token_ids[:1])
-    tokens, keep = pad_groups([[proc.plain(s["answer"]) + end]
-                               for s in prompts.samples], model.device)     # (B, 1, C)
+    tokens, keep = answer_tokens(model, proc, [[s["answer"]] for s in prompts.samples])     # (B, 1, C)
     batch = prompts.batch(range(len(prompts)), model.device)
     logp, logp_0 = (m.distribution(m.continuations(batch, tokens, keep)) for m in (model, reference))      # (n, V)
     apart = (logp_0 - logp).masked_fill(logp_0 == -torch.inf, 0.0)          # tokens that neither may say
@@ -713,12 +723,20 @@ def saliency_masks(model, proc, forget, retain, trained, cfg, rng):
     found = []
     for prompts in (forget, retain):
         saliency = [torch.zeros_like(p) for p in trained]
-        for rows in chunks(rng.sample(range(len(prompts)), min(len(forget), len(retain))), cfg.microbatch):
-            logp, _ = answer_logp(model, proc, prompts, rows)
-            for total, grad in zip(saliency, torch.autograd.grad(logp.mean(), trained, materialize_grads=True)):
-                total += grad.abs()
+        for rows in chunks(rng.sample(range(len(prompts)), min(len(forget), len(retain))), SALIENCY_BATCH):
+            _, keep = answer_tokens(model, proc, [[prompts.samples[i]["answer"]] for i in rows])
+            gradient = [torch.zeros_like(p) for p in trained]
+            for part in chunks(rows, cfg.microbatch):
+                logp, _ = answer_logp(model, proc, prompts, part)
+                for total, more in zip(gradient, torch.autograd.grad(logp.sum() / int(keep.sum()), trained, materialize_grads=True)):
+                    total += more
+            for total, g in zip(saliency, gradient):
+                total += g.abs()
         found.append(saliency)
     return [f > r for f, r in zip(*found)]
+
+
+SALIENCY_BATCH = 22     # prompts
 
 
 def answered_by_refusals(forget, target, rng):

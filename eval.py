@@ -295,12 +295,15 @@ def answer_logp(model, proc, prompts, rows, answers=None):
 
     answers: G texts for each of the B rows; None: the sample's own. Returns logp (kept,) and keep (B, G, C) bool.
     """
-    answers = answers or [[prompts.samples[i]["answer"]] for i in rows]
-    end = list(model.cfg.eos_token_ids[:1])
-    tokens, keep = pad_groups([[proc.plain(text) + end for text in group]
-                               for group in answers], model.device)                 # (B, G, C)
+    tokens, keep = answer_tokens(model, proc, answers or [[prompts.samples[i]["answer"]] for i in rows])        # (B, G, C)
     hidden = model.continuations(prompts.batch(rows, model.device), tokens, keep)   # (kept, D)
     return model.distribution(hidden).gather(1, tokens[keep][:, None])[:, 0], keep
+
+
+def answer_tokens(model, proc, answers):
+    """B lists of G texts -> tokens and keep, (B, G, C) each; an end token behind every text."""
+    end = list(model.cfg.eos_token_ids[:1])
+    return pad_groups([[proc.plain(text) + end for text in group] for group in answers], model.device)
 
 
 def answer_means(logp, keep):

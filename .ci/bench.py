@@ -199,11 +199,9 @@ class Case:
 
     def step(self):
         rows = list(range(self.Q))
-        tokens, keep, logp_old = asru.sample_groups(self.model, self.pool, rows, self.cfg, self.generator)
-        rewards = self.rewarded(tokens)
-        advantage = asru.group_advantage(rewards)
-        asru.update(self.model, self.reference, self.optimizer, self.trained, self.pool, rows, tokens, keep,
-                    logp_old, advantage, rows, self.cfg)
+        said = asru.sample_groups(self.model, self.pool, rows, self.cfg, self.generator)
+        advantage = asru.group_advantage(self.rewarded(said.tokens))
+        asru.update(self.model, self.reference, self.optimizer, self.trained, self.pool, said, advantage, rows, self.cfg)
 
     def rewarded(self, tokens):
         texts = [[" ".join(map(str, row)) for row in group] for group in tokens.tolist()]
@@ -438,10 +436,9 @@ def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
         case.train(rank)
         if side == "ours":
             rows = list(range(Q))
-            tokens, keep, logp_old = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
+            said = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
             advantage = torch.randn(Q, case.G, device=device)
-            update = lambda: asru.update(case.model, case.reference, case.optimizer, case.trained, case.pool, rows, tokens, keep,
-                                         logp_old, advantage, rows, case.cfg)
+            update = lambda: asru.update(case.model, case.reference, case.optimizer, case.trained, case.pool, said, advantage, rows, case.cfg)
             body, spoken = 2 * weights * Q * (P + case.G * (R - 1)), 2 * head * Q * case.G * R
             passes = 3 if rank else 4       # reference 1, policy 1, backward 2, of which a frozen weight needs one
             found["update"] = (passes * body + 3 * spoken) / seconds(update, device)
