@@ -144,7 +144,7 @@ class Case:
         self.Q, self.G, self.R = (16, 8, 12) if name == "embedded" else (Q, G, response)       # its answers have 11 on average
         self.temperature = json.loads((EMBEDDED / "asru.json").read_text())["temperature"] if name == "embedded" else 1.5
         if name == "embedded":
-            self.model = Qwen3VL.from_pretrained(EMBEDDED)
+            self.model = Qwen3VL.from_pretrained(EMBEDDED, device=device)
             self.batch, self.pool = embedded_prompts(self.model, self.Q)
         else:
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
