@@ -2376,7 +2376,7 @@ def test_captured_decoding_gives_the_plain_tokens(gpu, sampling):
 def test_cuda_learns_as_the_cpu_does(gpu, embedded):
     """In float32: stage 1's change, greedy answers, log-probabilities of policy and reference, and the gradient of all that is trained."""
     proc, data, prompts = embedded
-    cfg, found = asru.Config(temperature=1.5, top_p=0.9, max_new_tokens=12, group=3, layer=2), []
+    cfg, found = asru.Config(temperature=2.0, top_p=1.0, max_new_tokens=12, group=3, layer=2), []
     for device in ("cpu", "cuda"):
         model = Qwen3VL.from_pretrained(EMBEDDED, dtype=torch.float32, device=device)
         reference = asru.frozen_copy(model)
@@ -2398,7 +2398,7 @@ def test_cuda_learns_as_the_cpu_does(gpu, embedded):
     (said, edit, logp, grads), (said_, edit_, logp_, grads_) = found
     print(f"\nCUDA and CPU apart: stage 1 {(edit - edit_).abs().max():.1e}, nats {(logp - logp_).abs().max():.1e}, "
           f"gradient {max((a - b).norm() / a.norm() for a, b in zip(grads, grads_)):.1e}")
-    assert said == said_ and (edit - edit_).abs().max() < 1e-3 and (logp - logp_).abs().max() < 1e-3
+    assert said == said_ and (edit - edit_).abs().max() < 1e-3 and (logp - logp_).abs().max() < 1e-3 and logp.mean() < -0.3
     assert max((a - b).norm() / a.norm() for a, b in zip(grads, grads_)) < 1e-3
 
 
