@@ -736,7 +736,7 @@ def saliency_masks(model, proc, forget, retain, trained, cfg, rng):
     return [f > r for f, r in zip(*found)]
 
 
-SALIENCY_BATCH = 22     # prompts
+SALIENCY_BATCH = 22     # prompts whose gradient is taken as one
 
 
 def answered_by_refusals(forget, target, rng):

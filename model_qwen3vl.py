@@ -237,12 +237,15 @@ class Packing:
 
 
 def move(x, there, back):
+    """`at(x, there)`; back: the place in `there` of each place of x."""
     return Moved.apply(x, there, back) if x.requires_grad else at(x, there)
 
 
 class Moved(torch.autograd.Function):
-    """`at(x, there)`, whose gradient is `at(gradient, back)`: nothing is added up. What a slot of padding gets for its gradient
-    is another's, and reaches nothing: padding is seen by padding alone."""
+    """(B, T, ...) -> (*there, ...) as `at` does it, and the gradient back likewise: nothing is added up, as no place is met twice.
+
+    What a slot of padding gets for its gradient is another's, and reaches nothing: padding is seen by padding alone.
+    """
 
     @staticmethod
     def forward(ctx, x, there, back):
