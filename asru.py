@@ -97,8 +97,8 @@ class Config:
     recompute: bool = opt(False, "stage 2: make activations again in backward: a third more work, far less memory")
     mix_forget: float = opt(0.375, "stage 2: share of forget prompts", above=0, most=1)
     mix_retain: float = opt(0.375, "stage 2: share of boundary prompts; the rest are target prompts", above=0, most=1)
-    begun: float = opt(0.0, "stage 2: share of forget and boundary prompts whose answer has begun, up to the key fact",
-                       least=0, most=0.9)
+    begun: float = opt(0.0, "stage 2: share of forget and boundary prompts whose answer has begun, up to the key fact; "
+                       "where there are any, stage 1 redirects there too", least=0, most=0.9)
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
@@ -109,7 +109,7 @@ class Config:
                          least=0, most=0.999)
     clip: float = opt(0.2, "stage 2: epsilon of the PPO clip", above=0)
     kl: float = opt(0.1, "stage 2: beta, weight of the KL to the stage-1 model", least=0)
-    grad_norm: float = opt(1.0, "stage 2: gradient norm is clipped to this", above=0)
+    grad_norm: float = opt(1.0, "gradient norm is clipped to this", above=0)
     consistency: float = opt(0.2, "reward: weight of the cross-modal consistency term", least=0, most=0.49)
     rigidity: float = opt(0.2, "reward: weight of the rigidity term", least=0, most=0.49)
 
@@ -143,7 +143,7 @@ class Config:
     baseline_lr: float = opt(5e-5, "baseline: learning rate of Adam", above=0)
     baseline_epochs: int = opt(4, "baseline: passes over the forget file, at most", least=1)
     baseline_batch: int = opt(4, "baseline: forget prompts per step, and as many retain prompts", least=1)
-    beta: float = opt(0.4, "npo: beta", above=0)
+    beta: float = opt(0.4, "baseline: beta of npo", above=0)
     stop: str = opt("utility", "baseline: utility: the last check with retain recall 0.95 of before; forgetting: the "
                     "first with forget recall at most 0.05", among=("utility", "forgetting"))
     compare: bool = opt(False, "run every method over several seeds, print the table, write compare.json alone")
@@ -188,38 +188,51 @@ def asru(model, proc, data, cfg, log, shared=None):
 #
 #   h(x)   residual stream after layer L at the last prompt token;  k  inputs of layer L's down_proj
 #   v    = mean h over target - mean h over forget                      from "I know" to "I can't tell"
-#   dW   = argmin  mean_f |dW k_f - lambda v|^2 + mean_r |dW k_r|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
-#          f  last token of a forget prompt    r  last token of a boundary or target prompt
-#          a  tokens inside the answers to those: once an answer has begun, nothing moves
+#   dW   = argmin  mean_f |dW k_f - lambda v|^2 + mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
+#          f, r, t  last token of a forget, a boundary, a target prompt
+#          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves
+#   With --begun also f and r of prompts whose answer has begun: their last token is the one before the key fact, and
+#   their v = mean h over target - mean h over these forget prompts     from "the fact comes now" to "I can't tell"
 #   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T      K, T: rows k and what is asked of them
 
 
 @torch.no_grad()
 def redirect(model, proc, forget, boundary, target, layer, cfg):
-    """Stage 1: change layers[layer].mlp.down_proj in place. Returns {"dW" (D, F), "v_picture" and "v_words" (D,), those
-    of the ways that are asked} and what moved how far, in units of |v|."""
-    keys_f, resid_f = collect_activations(model, forget, layer, cfg)        # (n_f, F), (n_f, D)
-    keys_r, _ = collect_activations(model, boundary, layer, cfg)            # (n_r, F)
+    """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it changed and what moved how far, in units of |v|.
+
+    Changed: "dW" (D, F) and the directions (D,), "v_picture" and "v_words", of the ways that are asked; "v_begun_picture"
+    and "v_begun_words" of prompts whose answer has begun.
+    """
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
     keys_a = collect_answer_keys(model, proc, boundary + target, layer, cfg)        # (n_a, F)
-    direction = torch.empty_like(resid_f)                                   # (n_f, D) v of its way of asking
-    edit = {}
-    for way, name in ((True, "v_picture"), (False, "v_words")):
-        f, t = mask_of(forget, way), mask_of(target, way)
-        if f.any():
-            direction[f] = edit[name] = steering_vector(resid_t[t] if t.any() else resid_t, resid_f[f])
-    update = solve_redirection(keys_f, cfg.strength * direction, [keys_r, keys_t, keys_a], cfg.ridge)      # (D, F)
+    places, edit, moves, spared = [("", forget, boundary)], {}, [], []
+    if cfg.begun and len(begun := opened(proc, forget)):
+        places.append(("_begun", begun, opened(proc, boundary)))
+    for place, f, r in places:
+        keys_f, resid_f = collect_activations(model, f, layer, cfg)         # (n_f, F), (n_f, D)
+        direction = torch.empty_like(resid_f)                               # (n_f, D) v of its way of asking
+        for pictured, way in ((True, "_picture"), (False, "_words")):
+            mine, theirs = mask_of(f, pictured), mask_of(target, pictured)
+            if mine.any():
+                v = steering_vector(resid_t[theirs] if theirs.any() else resid_t, resid_f[mine])
+                direction[mine] = edit[f"v{place}{way}"] = v
+        moves.append((keys_f, direction))
+        spared.append(collect_activations(model, r, layer, cfg)[0])         # (n_r, F)
+    shifts = [(keys, cfg.strength * direction) for keys, direction in moves]
+    update = solve_redirection(shifts, [*spared, keys_t, keys_a], cfg.ridge)        # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
-    length = direction.norm(dim=1)                                          # (n_f,) |v|
-    moved_f, moved_r = keys_f @ update.T, keys_r @ update.T                 # (n_f, D), (n_r, D)
+    moved = {}
+    for (place, *_), (keys_f, direction), keys_r in zip(places, moves, spared):
+        length = direction.norm(dim=1)                                      # (n_f,) |v|
+        moved_f, moved_r = keys_f @ update.T, keys_r @ update.T             # (n_f, D), (n_r, D)
+        moved |= {f"direction_norm{place}": length.mean().item(),
+                  f"forget_moved_along_v{place}": ((moved_f * direction).sum(1) / length**2).mean().item(),
+                  f"retain_moved{place}": (moved_r.norm(dim=1).sum() / max(1, len(r)) / length.mean()).item()}
     return {"dW": update, **edit}, {
         "layer": layer, "strength": cfg.strength, "forget": len(forget), "boundary": len(boundary),
-        "target": len(target), "direction_norm": length.mean().item(),
-        "forget_moved_along_v": ((moved_f * direction).sum(1) / length**2).mean().item(),
-        "retain_moved": (moved_r.norm(dim=1).mean() / length.mean()).item(),
-        "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
+        "target": len(target), **moved, "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
 
 
 def chosen_layer(model, cfg):
@@ -233,7 +246,8 @@ def chosen_layer(model, cfg):
 @torch.no_grad()
 def collect_activations(model, prompts, layer, cfg):
     """At the last prompt token of a layer: down_proj's input (n, F) and the residual stream (n, D), float64."""
-    found = {"mlp_inner": [], "resid": []}
+    width = {"mlp_inner": model.cfg.text.intermediate_size, "resid": model.cfg.text.hidden_size}
+    found = {site: [torch.empty(0, n, dtype=torch.double, device=model.device)] for site, n in width.items()}
 
     def record(value, site, index):
         if index == layer:
@@ -248,7 +262,8 @@ def collect_activations(model, prompts, layer, cfg):
 @torch.no_grad()
 def collect_answer_keys(model, proc, prompts, layer, cfg):
     """down_proj's input at the first `hold` tokens of each prompt's own answer: (n, F), float64."""
-    end, found = list(model.cfg.eos_token_ids[:1]), []
+    end = list(model.cfg.eos_token_ids[:1])
+    found = [torch.empty(0, model.cfg.text.intermediate_size, dtype=torch.double, device=model.device)]
     for rows in chunks(range(len(prompts)), cfg.eval_batch if cfg.hold else 0):
         answers = [[proc.plain(prompts.samples[i]["answer"]) + end] for i in rows]
         tokens, keep = (x[:, 0] for x in pad_groups(answers, model.device))     # (B, C)
@@ -263,7 +278,7 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
 
         model(replace(batch, input_ids=torch.cat([batch.input_ids, tokens[:, :-1]], 1),
                       attention_mask=torch.cat([batch.attention_mask, fed.long()], 1)), hook=record)
-    return torch.cat(found) if found else torch.empty(0, model.cfg.text.intermediate_size, dtype=torch.double)
+    return torch.cat(found)
 
 
 def steering_vector(resid_target, resid_forget):
@@ -271,20 +286,21 @@ def steering_vector(resid_target, resid_forget):
     return resid_target.mean(0) - resid_forget.mean(0)
 
 
-def solve_redirection(keys_f, shift, held, ridge):
-    """The smallest change of a matrix that moves forget keys by `shift` and leaves all held keys alone: (D, F).
+def solve_redirection(moves, held, ridge):
+    """The smallest change of a matrix that moves keys as asked and leaves all held keys alone: (D, F).
 
-    keys_f: (n_f, F), shift: (n_f, D), held: list of (n, F), all float64. Every group of keys counts as much as any
-    other, however many it has. gamma = ridge * the sum of all |k|^2 so weighted: `ridge` means the same for every
+    moves: list of (keys (n, F), shift (n, D)), held: list of (n, F), all float64. Every group of keys counts as much as
+    any other, however many it has. gamma = ridge * the sum of all |k|^2 so weighted: `ridge` means the same for every
     layer and model. Solves the smaller of the two systems, n x n or F x F. Raises ValueError on unlike shapes.
     """
-    if len(keys_f) != len(shift) or any(keys.shape[1] != keys_f.shape[1] for keys in held):
-        shapes = [list(x.shape) for x in (keys_f, shift, *held)]
-        raise ValueError(f"forget keys, shift and held keys do not fit each other: {shapes}")
-    groups = [keys_f, *(keys for keys in held if len(keys))]
+    asked = [(keys, shift) for keys, shift in moves if len(keys)]
+    groups = [*(keys for keys, _ in asked), *(keys for keys in held if len(keys))]
+    if len({keys.shape[1] for keys in groups}) != 1 or any(len(keys) != len(shift) for keys, shift in asked):
+        shapes = [list(x.shape) for x in (*(x for pair in moves for x in pair), *held)]
+        raise ValueError(f"keys, their shifts and held keys do not fit each other: {shapes}")
     K = torch.cat([keys / len(keys)**0.5 for keys in groups])               # (n, F)
-    T = torch.zeros(len(K), shift.shape[1]).to(K)                           # (n, D)
-    T[:len(shift)] = shift / len(shift)**0.5
+    shift = torch.cat([shift / len(shift)**0.5 for _, shift in asked])
+    T = torch.nn.functional.pad(shift, (0, 0, 0, len(K) - len(shift)))      # (n, D)
     n, width = K.shape
     gamma = ridge * K.square().sum()
     if n <= width:
@@ -855,8 +871,8 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         of_seed = list(dict.fromkeys(row for _, row in plan if row.seed == cfg.seed + i))
         different += of_seed[i % len(of_seed):] + of_seed[:i % len(of_seed)]
     origin, file = origin_of(cfg, model, data), cfg.out / "compare.jsonl"
-    key = lambda row: json.dumps(
-        {**origin, **{name: value for name, value in settings_of(row).items() if name in origin}, "seeds": 0})
+    key = lambda row: json.dumps({**origin, **{name: value for name, value in settings_of(row).items() if name in origin},
+                                  **dict.fromkeys(unread(row), None), "seeds": 0})
     known, = in_turn(lambda _: finished(file, cfg.resume) if cfg.compare else {}, [0])      # read for all: they must agree on it
     done = {row: known[key(row)] for row in different if key(row) in known}
     left = [row for row in different if row not in done]
@@ -881,6 +897,12 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
     for name, row in plan:
         runs.setdefault(name, []).append(done[row])
     return {name: summary(found, before) for name, found in runs.items()}
+
+
+def unread(row):
+    """Names of the settings that a row's method never looks at, by how their help begins: they cannot change what it gives."""
+    others = ("stage 1", "stage 2", "reward") if row.method in BASELINES else ("baseline",)
+    return [f.name for f in fields(Config) if f.metadata["help"].startswith(others)]
 
 
 def keep_run(file, key, means, seconds, attacks):

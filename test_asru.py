@@ -1315,13 +1315,14 @@ def test_attack_has_a_row_each_and_repeats(tiny, monkeypatch):
 def test_solve_redirection_satisfies_its_normal_equations():
     """Both systems (n < F and n > F) give the minimum: the gradient of the objective is zero there."""
     rng = torch.Generator().manual_seed(0)
-    for n_f, n_r in ((5, 7), (40, 50)):
-        F_, D, ridge = 24, 6, 0.01
-        keys_f, keys_r = (torch.randn(n, F_, generator=rng, dtype=torch.double) for n in (n_f, n_r))
-        shift = torch.randn(n_f, D, generator=rng, dtype=torch.double)
-        dW = asru.solve_redirection(keys_f, shift, [keys_r], ridge).requires_grad_()
-        gamma = ridge * (keys_f.square().sum() / n_f + keys_r.square().sum() / n_r)
-        loss = ((keys_f @ dW.T - shift)**2).sum() / n_f + ((keys_r @ dW.T)**2).sum() / n_r + gamma * (dW**2).sum()
+    for sizes in ((5, 3, 7), (40, 20, 50)):
+        width, D, ridge = 24, 6, 0.01
+        keys = [torch.randn(n, width, generator=rng, dtype=torch.double) for n in sizes]
+        shifts = [torch.randn(n, D, generator=rng, dtype=torch.double) for n in sizes[:2]]
+        dW = asru.solve_redirection(list(zip(keys, shifts)), keys[2:], ridge).requires_grad_()
+        gamma = ridge * sum(k.square().sum() / len(k) for k in keys)
+        missed = [k @ dW.T - shift for k, shift in zip(keys, [*shifts, torch.zeros(sizes[2], D)])]
+        loss = sum(x.square().sum() / len(x) for x in missed) + gamma * dW.square().sum()
         loss.backward()
         assert dW.grad.abs().max() < 1e-9
 
@@ -1330,7 +1331,7 @@ def test_solve_redirection_hits_and_spares():
     """Orthogonal keys, hardly any ridge: forget keys move by the whole shift, retain keys not at all."""
     keys = torch.linalg.qr(torch.randn(16, 8, dtype=torch.double))[0].T
     shift = torch.randn(3, 5, dtype=torch.double)
-    dW = asru.solve_redirection(keys[:3], shift, [keys[3:6], keys[6:], keys[:0]], 1e-12)
+    dW = asru.solve_redirection([(keys[:3], shift)], [keys[3:6], keys[6:], keys[:0]], 1e-12)
     assert torch.allclose(keys[:3] @ dW.T, shift, atol=1e-9) and (keys[3:] @ dW.T).abs().max() < 1e-9
 
 
@@ -1351,6 +1352,32 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     v = before_t.mean(0) - before.mean(0)
     along = ((after - before) @ v / (v @ v)).mean().item()
     assert all(s.get("image") for s in f.samples) and abs(along - report["forget_moved_along_v"]) < 1e-3
+
+
+def test_redirect_reaches_the_place_of_the_fact(tiny):
+    """With --begun the last token before the fact moves along a v of its own, measured again here; there forget prompts
+    mostly stop telling, boundary prompts go on."""
+    model, proc, data, prompts = tiny()
+    cfg = asru.Config(layer=3, strength=2.0, hold=16, begun=0.25)
+    few = {name: part.take(range(0, len(part), len(part) // 90)) for name, part in prompts.items()}
+    begun = {name: opened(proc, few[name]) for name in ("forget", "retain")}
+
+    def told():
+        said = {name: respond(model, proc, part, 20) for name, part in begun.items()}
+        return [np.mean([contains(s["fact"], text) for s, text in zip(part.samples, said[name])]) for name, part in begun.items()]
+
+    where = lambda part: asru.collect_activations(model, part, 3, cfg)[1]
+    (forget, retain), before, refusing = told(), where(begun["forget"]), where(few["target"])
+    edit, report = asru.redirect(model, proc, few["forget"], few["retain"], few["target"], 3, cfg)
+    moved, along = where(begun["forget"]) - before, []
+    for pictured, name in ((True, "v_begun_picture"), (False, "v_begun_words")):
+        mine, theirs = asru.mask_of(begun["forget"], pictured), asru.mask_of(few["target"], pictured)
+        v = refusing[theirs].mean(0) - before[mine].mean(0)
+        assert torch.allclose(v, edit[name])
+        along += (moved[mine] @ v / (v @ v)).tolist()
+    assert len(along) == len(moved) and abs(np.mean(along) - report["forget_moved_along_v_begun"]) < 1e-3
+    forget_after, retain_after = told()
+    assert forget > 0.95 and forget_after < 0.6 and retain_after > retain - 0.05
 
 
 def test_boundary_is_the_nearest_share(tiny):

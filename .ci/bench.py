@@ -277,7 +277,7 @@ def redirection_seconds(device):
     """Solving for stage 1's change of one down_proj of the 4B shape, answer tokens left out as in the paper."""
     keys = [torch.randn(400, 9728, dtype=torch.double, device=device) for _ in range(2)]
     shift = torch.randn(400, 2560, dtype=torch.double, device=device)
-    return seconds(lambda: asru.solve_redirection(keys[0], shift, keys[1:], 1e-4), device)
+    return seconds(lambda: asru.solve_redirection([(keys[0], shift)], keys[1:], 1e-4), device)
 
 
 def seconds(run, device="cpu", times=3):
