@@ -1840,6 +1840,25 @@ def test_bootstrap_by_hand():
     assert row["retain"]["mean"] == 0.5 and row["effectiveness"]["seeds"] == [0.75] and row["seconds"]["mean"] == 3.0
 
 
+@pytest.mark.parametrize("method", ["asru", *asru.BASELINES])
+def test_a_method_reads_no_setting_that_its_runs_are_not_known_by(tiny, method):
+    """Watched while it runs: of what `unread` names only that is looked at which saves memory and changes nothing."""
+    model, proc, data, prompts = tiny()
+    seen = set()
+
+    class Watched(asru.Config):
+        def __getattribute__(self, name):
+            seen.add(name)
+            return super().__getattribute__(name)
+
+    cfg = Watched(method=method, layer=3, begun=0.3, steps=1, prompts=12, group=2, baseline_epochs=1, max_new_tokens=8, compare=True)
+    few = {name: part.take(range(0, len(part), 60)) for name, part in prompts.items()}
+    unread = {*asru.unread(cfg)}
+    seen.clear()
+    asru.unlearn(model, proc, data, cfg, lambda line: None, (few, lambda stage: {}, {}))
+    assert len(unread) > 4 and len(seen) > 4 and seen & unread <= {"microbatch"}
+
+
 def test_paper_reward_is_the_printed_table():
     """Where the table as printed goes wrong: the fact beside a refusal earns all, a short right answer hardly anything."""
     gold = {"question": "?", "answer": "This person's mother's name is Helena Adler.", "fact": "Helena Adler"}
@@ -2080,6 +2099,9 @@ def test_other_methods_through_the_command(tmp_path, monkeypatch):
     assert len(again) == 1 and runs.read_text().splitlines()[:-1] == lines[1:]
     drop = lambda found: {name: {**row, "seconds": 0} for name, row in found["rows"].items()}
     assert drop(resumed) == drop(report)
+    again.clear()
+    asru.main([*argv, "--compare", "--seeds", "1", "--attacks", "--resume", "--kl", "0.3"])
+    assert [cfg.method for cfg in again] == ["asru"] * 2            # with its random boundary; baselines have no such setting
     monkeypatch.setattr(asru, "unlearn", whole)
     for row in report["rows"].values():
         row.pop("attacks", 0)
