@@ -13,8 +13,8 @@ Read this file downwards, then reward.py, model_qwen3vl.py and eval.py.
 
 Where this differs from the paper or from its released script
  1 Stage 1 is the closed form, as a change of the old weights; the script descends on the same targets.
- 2 One position everywhere: the last prompt token, which decides how the answer begins. The script
-   takes the direction there and trains at the end of the answer.
+ 2 Direction, targets and edit belong to one position, the last prompt token, which decides how the answer begins. The
+   script takes the direction there and trains at the end of the answer.
  3 The direction is taken within each way of asking (with a picture, in words alone), not across them.
  4 Stage 1 also holds still what lies inside answers: an edit of a matrix acts at every token, and without
    this the words after the first one break up.
@@ -28,7 +28,9 @@ Where this differs from the paper or from its released script
 10 Stage 2 trains the decoder's projections alone: embeddings, head and norms serve every prompt.
 11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
 12 What is kept may be a running mean of the weights (--average), not the last step's.
-13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end.
+13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end. Stage 1
+   then redirects there too: where all of a group tell the fact, GRPO learns nothing.
+14 Stage 1 may take each forget prompt to where refusing strangers are (--each), not push all along their mean.
 """
 import argparse
 import copy
@@ -85,6 +87,7 @@ class Config:
 
     layer: int = opt(None, "stage 1: decoder layer L, from 0; unset: the one at 17/36 of the depth", least=0)
     strength: float = opt(3.0, "stage 1: lambda, how far along v forget activations are to move", least=0)
+    each: bool = opt(False, "stage 1: every forget prompt has a v of its own, from where it is, not their mean")
     hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
     boundary: float = opt(0.273, "share of the retain set, the nearest, that both stages use", above=0, most=1)
@@ -188,6 +191,7 @@ def asru(model, proc, data, cfg, log, shared=None):
 #
 #   h(x)   residual stream after layer L at the last prompt token;  k  inputs of layer L's down_proj
 #   v    = mean h over target - mean h over forget                      from "I know" to "I can't tell"
+#          with --each v(f) = mean h over target - h(f): all of what tells one fact from another goes, not their mean alone
 #   dW   = argmin  mean_f |dW k_f - lambda v|^2 + mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
 #          f, r, t  last token of a forget, a boundary, a target prompt
 #          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves
@@ -214,8 +218,9 @@ def redirect(model, proc, forget, boundary, target, layer, cfg):
         for pictured, way in ((True, "_picture"), (False, "_words")):
             mine, theirs = mask_of(f, pictured), mask_of(target, pictured)
             if mine.any():
-                v = steering_vector(resid_t[theirs] if theirs.any() else resid_t, resid_f[mine])
-                direction[mine] = edit[f"v{place}{way}"] = v
+                refusing = resid_t[theirs] if theirs.any() else resid_t
+                v = edit[f"v{place}{way}"] = steering_vector(refusing, resid_f[mine])
+                direction[mine] = refusing.mean(0) - resid_f[mine] if cfg.each else v
         moves.append((keys_f, direction))
         spared.append(collect_activations(model, r, layer, cfg)[0])         # (n_r, F)
     shifts = [(keys, cfg.strength * direction) for keys, direction in moves]
@@ -634,7 +639,7 @@ def step_report(texts, rewards, roles, terms, keep):
 
 
 PRESETS = {     # what --method sets; a flag beats it
-    "asru-paper": dict(begun=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
+    "asru-paper": dict(each=False, begun=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
                        rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}
@@ -820,6 +825,7 @@ ROWS = [        # (name, what differs from the settings given): add a line for a
     ("steer", dict(method="steer")),
     ("rl", dict(method="rl")),
     ("paper's reward", dict(paper_table=True)),
+    ("one v for all", dict(each=False)),
     ("no consistency", dict(consistency=0.0)),
     ("no rigidity", dict(rigidity=0.0)),
     ("no begun answers", dict(begun=0.0)),

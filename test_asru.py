@@ -1354,6 +1354,20 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     assert all(s.get("image") for s in f.samples) and abs(along - report["forget_moved_along_v"]) < 1e-3
 
 
+def test_each_prompt_arrives_where_strangers_are(tiny):
+    """lambda 1, hardly any ridge, a v for each: forget prompts end in the strangers' mean, all in one point; held ones stay."""
+    model, proc, data, prompts = tiny()
+    f, r, t = (part.take([i for i, s in enumerate(part.samples) if s.get("image")][:240:12]) for part in map(
+        prompts.get, ("forget", "retain", "target")))
+    where = lambda part: asru.collect_activations(model, part, 3, asru.Config())[1]
+    target, before, held = where(t).mean(0), where(f), where(r)
+    cfg = asru.Config(layer=3, strength=1.0, each=True, ridge=1e-12, hold=0)
+    edit, report = asru.redirect(model, proc, f, r, t, 3, cfg)
+    assert torch.allclose(edit["v_picture"], target - before.mean(0)) and report["forget_moved_along_v"] == pytest.approx(1, abs=1e-3)
+    assert (where(f) - target).norm(dim=1).max() < 0.02 * (before - target).norm(dim=1).min()
+    assert (where(r) - held).norm(dim=1).max() < 0.02 * (before - target).norm(dim=1).min()
+
+
 def test_redirect_reaches_the_place_of_the_fact(tiny):
     """With --begun the last token before the fact moves along a v of its own, measured again here; there forget prompts
     mostly stop telling, boundary prompts go on."""
