@@ -204,37 +204,32 @@ def asru(model, proc, data, cfg, log, shared=None):
 def redirect(model, proc, forget, boundary, target, layer, cfg):
     """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it changed and what moved how far, in units of |v|.
 
-    Changed: "dW" (D, F) and the directions (D,), "v_picture" and "v_words", of the ways that are asked; "v_begun_picture"
-    and "v_begun_words" of prompts whose answer has begun.
+    Changed: "dW" (D, F) and the mean v (D,) of each place and way of asking, "v_picture", "v_words", "v_begun_picture",
+    "v_begun_words".
     """
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
     keys_a = collect_answer_keys(model, proc, boundary + target, layer, cfg)        # (n_a, F)
-    places, edit, moves, spared = [("", forget, boundary)], {}, [], []
+    places, edit, moves, held = [("", forget, boundary)], {}, [], []
     if cfg.begun and len(begun := opened(proc, forget)):
         places.append(("_begun", begun, opened(proc, boundary)))
     for place, f, r in places:
         keys_f, resid_f = collect_activations(model, f, layer, cfg)         # (n_f, F), (n_f, D)
-        direction = torch.empty_like(resid_f)                               # (n_f, D) v of its way of asking
-        for pictured, way in ((True, "_picture"), (False, "_words")):
-            mine, theirs = mask_of(f, pictured), mask_of(target, pictured)
-            if mine.any():
-                refusing = resid_t[theirs] if theirs.any() else resid_t
-                v = edit[f"v{place}{way}"] = steering_vector(refusing, resid_f[mine])
-                direction[mine] = refusing.mean(0) - resid_f[mine] if cfg.each else v
+        direction, means = steering_vectors(f, resid_f, target, resid_t, cfg.each)
         moves.append((keys_f, direction))
-        spared.append(collect_activations(model, r, layer, cfg)[0])         # (n_r, F)
+        held.append(collect_activations(model, r, layer, cfg)[0])           # (n_r, F)
+        edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, cfg.strength * direction) for keys, direction in moves]
-    update = solve_redirection(shifts, [*spared, keys_t, keys_a], cfg.ridge)        # (D, F)
+    update = solve_redirection(shifts, [*held, keys_t, keys_a], cfg.ridge)  # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
     moved = {}
-    for (place, *_), (keys_f, direction), keys_r in zip(places, moves, spared):
+    for (place, *_), (keys_f, direction), keys_r in zip(places, moves, held):
         length = direction.norm(dim=1)                                      # (n_f,) |v|
         moved_f, moved_r = keys_f @ update.T, keys_r @ update.T             # (n_f, D), (n_r, D)
         moved |= {f"direction_norm{place}": length.mean().item(),
                   f"forget_moved_along_v{place}": ((moved_f * direction).sum(1) / length**2).mean().item(),
-                  f"retain_moved{place}": (moved_r.norm(dim=1).sum() / max(1, len(r)) / length.mean()).item()}
+                  f"retain_moved{place}": (moved_r.norm(dim=1).sum() / max(1, len(keys_r)) / length.mean()).item()}
     return {"dW": update, **edit}, {
         "layer": layer, "strength": cfg.strength, "forget": len(forget), "boundary": len(boundary),
         "target": len(target), **moved, "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
@@ -286,9 +281,19 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
     return torch.cat(found)
 
 
-def steering_vector(resid_target, resid_forget):
-    """v = mean h over the target set - mean h over the forget set: (n_t, D), (n_f, D) -> (D,)."""
-    return resid_target.mean(0) - resid_forget.mean(0)
+def steering_vectors(forget, resid_f, target, resid_t, each):
+    """v of every forget prompt, (n_f, D), within its way of asking; and {"_picture", "_words": its mean (D,)}.
+
+    resid_f (n_f, D), resid_t (n_t, D): where their residual streams are. each: from where the prompt is, not from the mean.
+    """
+    direction, means = torch.empty_like(resid_f), {}
+    for pictured, way in ((True, "_picture"), (False, "_words")):
+        f, t = mask_of(forget, pictured), mask_of(target, pictured)
+        if f.any():
+            refusing = (resid_t[t] if t.any() else resid_t).mean(0)         # (D,)
+            means[way] = refusing - resid_f[f].mean(0)
+            direction[f] = refusing - resid_f[f] if each else means[way]
+    return direction, means
 
 
 def solve_redirection(moves, held, ridge):
