@@ -833,7 +833,6 @@ ROWS = [        # (name, what differs from the settings given): add a line for a
     ("one v for all", dict(each=False)),
     ("no consistency", dict(consistency=0.0)),
     ("no rigidity", dict(rigidity=0.0)),
-    ("no begun answers", dict(begun=0.0)),
     ("random boundary", dict(random_boundary=True)),
     *((f"{name}, {stop}", dict(method=name, stop=stop)) for stop in ("utility", "forgetting") for name in BASELINES)]
 
