@@ -2206,7 +2206,7 @@ def short(tmp_path_factory):
 
     run.argv = lambda out, *flags: [str(a) for a in (
         "--forget", forget, "--out", out, "--steps", 5, "--prompts", 6, "--minibatch", 4, "--group", 4, "--max-new-tokens", 8,
-        "--checkpoint", 1, *flags)]
+        "--strength", 0.5, "--temperature", 2, "--checkpoint", 1, *flags)]     # so that groups differ to the end
     run.folder, run.whole = folder, run(folder / "whole")
     yield run
     torch.set_num_threads(threads)
