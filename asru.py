@@ -61,7 +61,7 @@ from eval import (Prompts, answer_logp, answer_means, answer_tokens, answer_tota
                   command, content_words, encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare,
                   print_answers, print_table, projections, report, respond, set_signals, set_up_torch, split_sets,
                   world)
-from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, tree_of, write_aside
+from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, sent, tree_of, write_aside
 from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
 
 HERE = Path(__file__).parent
@@ -89,6 +89,8 @@ class Config:
     strength: float = opt(3.0, "stage 1: lambda, how far along v forget activations are to move", least=0)
     each: bool = opt(False, "stage 1: every forget prompt has a v of its own, from where it is, not their mean")
     hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
+    weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move; 1 as in the paper",
+                               above=0)
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
     boundary: float = opt(0.273, "share of the retain set, the nearest, that both stages use", above=0, most=1)
 
@@ -192,8 +194,9 @@ def asru(model, proc, data, cfg, log, shared=None):
 #   h(x)   residual stream after layer L at the last prompt token;  k  inputs of layer L's down_proj
 #   v    = mean h over target - mean h over forget                      from "I know" to "I can't tell"
 #          with --each v(f) = mean h over target - h(f): all of what tells one fact from another goes, not their mean alone
-#   dW   = argmin  mean_f |dW k_f - lambda v|^2 + mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
-#          f, r, t  last token of a forget, a boundary, a target prompt
+#   dW   = argmin  mean_f |dW k_f - lambda v|^2 + w mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
+#          f, r, t  last token of a forget, a boundary, a target prompt;  w  --weight-retain: the farther f is to move, the
+#                   more it takes to hold r, whose keys are like f's
 #          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves
 #   With --begun also f and r of prompts whose answer has begun: their last token is the one before the key fact, and
 #   their v = mean h over target - mean h over these forget prompts     from "the fact comes now" to "I can't tell"
@@ -219,7 +222,8 @@ def redirect(model, proc, forget, boundary, target, layer, cfg):
         held.append(collect_activations(model, r, layer, cfg)[0])           # (n_r, F)
         edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, cfg.strength * direction) for keys, direction in moves]
-    update = solve_redirection(shifts, [*held, keys_t, keys_a], cfg.ridge)  # (D, F)
+    kept = [cfg.weight_retain**0.5 * keys for keys in held]                 # as they are to give 0, this weighs them
+    update = solve_redirection(shifts, [*kept, keys_t, keys_a], cfg.ridge)  # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
@@ -383,7 +387,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         # 2 Reward them.
         texts = [proc.decode(group, pool.samples[i].get("begun", "")) for i, group in zip(rows, said.tokens)]
         rewards, terms = reward(texts, [pool.samples[i] for i in rows], [roles[i] for i in rows], twins)
-        rewards = torch.tensor(rewards, device=model.device)                # (Q, G)
+        rewards = torch.tensor(rewards)                                     # (Q, G)
 
         # 3 Compare within the group; a group of equal rewards says nothing and is left out.
         advantage = group_advantage(rewards)                                # (Q, G)
@@ -420,7 +424,7 @@ def down_proj_of(model, layer):
 
 
 class Rollout(NamedTuple):
-    """G responses to each of Q prompts."""
+    """G responses to each of Q prompts, on the CPU."""
     rows: list                      # (Q,) which prompts of the pool
     tokens: torch.Tensor            # (Q, G, C)
     keep: torch.Tensor              # (Q, G, C) bool, true up to and including the end token
@@ -443,10 +447,10 @@ def sample_groups(model, pool, rows, cfg, generator):
         said, logp = zip(*in_turn(sample, chunks(range(len(rows)), -(-len(rows) // world()[1]))))
     longest = max(part.shape[2] for part in said)
     tokens = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[2]), value=model.cfg.pad_token_id)
-                        for part in said]).to(model.device)                 # (Q, G, C)
-    ended = torch.isin(tokens, torch.tensor(model.cfg.eos_token_ids, device=tokens.device)).long()
+                        for part in said])                                  # (Q, G, C)
+    ended = torch.isin(tokens, torch.tensor(model.cfg.eos_token_ids)).long()
     keep = ended.cumsum(-1) - ended == 0                                    # nothing has ended before this token
-    return Rollout(rows, tokens, keep, torch.cat(logp)[..., :longest].to(model.device))
+    return Rollout(rows, tokens, keep, torch.cat(logp)[..., :longest])
 
 
 def group_advantage(reward, eps=1e-6):
@@ -474,7 +478,7 @@ def update(model, reference, optimizer, trained, pool, said, advantage, live, cf
     rows, tokens, keep, logp_old = said
     if not advantage.isfinite().all():
         raise FloatingPointError("a reward is no number, and no step was made")
-    args = lambda part: (pool.batch([rows[q] for q in part], model.device), tokens[part], keep[part])
+    args = lambda part: (pool.batch([rows[q] for q in part], "cpu"), tokens[part], keep[part])
     length = [len(pool.tokens[row]) + n for row, n in zip(rows, keep.sum((1, 2)).tolist())]     # prompt and responses
     deal = -(-len(rows) // cfg.minibatch)           # minibatches, dealt out in turn: each has prompts of every role
     minibatches = [(mini, sorted((q for q in mini if q in live), key=length.__getitem__))   # like lengths: less padding
@@ -483,24 +487,28 @@ def update(model, reference, optimizer, trained, pool, said, advantage, live, cf
 
     def shares(heard):
         """[(microbatch, weight)]. All processes must call a sharded model as often: what lacks is done for nothing."""
-        parts = [(part, 1.0) for part in chunks(heard, cfg.microbatch)]
+        n, number = len(heard), -(-len(heard) // cfg.microbatch)
+        parts = [(heard[n * i // number:n * (i + 1) // number], 1.0) for i in range(number)]    # alike in size
         return parts + [(parts[0][0], 0.0)] * (-len(parts) % world()[1] if cfg.shard else 0)
 
     def learn(share):
         part, weight = share
         logp, logp_ref = response_logp(model, reference, *args(part), cfg)          # (n,) n kept tokens
-        logp_then = logp_old[part][keep[part]] if stepped else logp.detach()        # before a step they are the same
-        A = advantage[part][:, :, None].expand(keep[part].shape)[keep[part]].to(logp)           # (n,)
+        logp_then, A = (sent(x[keep[part]], model.device) for x in (                            # (n,)
+            logp_old[part], advantage[part][:, :, None].expand(keep[part].shape)))
+        logp_then = logp_then if stepped else logp.detach()                         # before a step they are the same
         kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
         loss = (cfg.kl * kl - clipped_surrogate(logp, logp_then, A, cfg.clip)).sum() / count
         (weight * loss).backward()
         clipped = ((logp.detach() - logp_then).exp() - 1).abs() > cfg.clip
-        return [weight * figure for figure in (loss.item(), kl.sum().item() / count, clipped.sum().item() / count)]
+        seen.append(weight * torch.stack([loss.detach(), kl.detach().sum() / count, clipped.sum() / count]).double())
 
     figures = np.zeros(4)
     for stepped, (mini, heard) in enumerate(minibatches):
         count = keep[mini].sum().item()     # of the whole minibatch, silent groups too: as fewer speak, steps get smaller
-        loss, kl, clipped = np.sum(in_turn(learn, shares(heard)), axis=0)
+        seen = [torch.zeros(3, dtype=torch.double, device=model.device)]    # looked at when all is on its way: no GPU waits
+        in_turn(learn, shares(heard))
+        loss, kl, clipped = np.sum(in_turn(lambda _: sum(seen).tolist(), range(world()[1])), axis=0)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}, no step was made; a lower learning rate is needed")
         if not cfg.shard:
@@ -516,18 +524,25 @@ def optimizer_step(optimizer, trained, limit):
 
     What the optimizer moves is float32: the trained weights themselves or, where they are bfloat16, the numbers that
     they are rounded from. A step of 1e-6 is far below the last digit of a bfloat16 weight and would be lost each time.
+    Of few of them at a time there is a float32 gradient.
     """
     norm = whole(torch.nn.utils.clip_grad_norm_(trained, limit)).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}, and no step was made; a lower learning rate is needed")
-    pairs = [(e, p) for e, p in zip(optimizer.param_groups[0]["params"], trained) if e is not p]
-    for e, p in pairs:
-        e.grad, p.grad = p.grad if p.grad is None else p.grad.float(), None
-    optimizer.step()
+    for part in chunks([*zip(optimizer.param_groups[0]["params"], trained, [p.grad for p in trained])], TOGETHER):
+        optimizer.zero_grad()
+        for e, p, gradient in part:
+            p.grad = None
+            e.grad = gradient if gradient is None else gradient.to(e.dtype)
+        optimizer.step()
+        for e, p, _ in part:
+            if e is not p:
+                p.copy_(e)
     optimizer.zero_grad()
-    for e, p in pairs:
-        p.copy_(e)
     return norm
+
+
+TOGETHER = 16       # matrices that the optimizer moves at a time
 
 
 @torch.no_grad()
@@ -551,24 +566,26 @@ def response_logp(model, reference, batch, tokens, keep, cfg):
     """
     leader, node, _ = tree_of(tokens, keep)
     number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
-    of_token, chosen = number.gather(1, leader)[keep], tokens[node]         # (n,), (m,) m nodes
-    hidden = model.continuations(batch, tokens, keep)[node[keep]]           # (m, D)
+    tree, place = model.tree(batch, tokens, keep)
+    of_token, chosen, place = (sent(x, model.device) for x in (             # (n,), (m,), (m,) m nodes
+        number.gather(1, leader)[keep], tokens[node], place[node]))
+    hidden = model(tree)[0, place]                                          # (m, D)
     with torch.no_grad():
-        hidden_ref = hidden if reference is None else reference.continuations(batch, tokens, keep)[node[keep]]
+        hidden_ref = hidden if reference is None else reference(tree)[0, place]
 
-    def head(hidden, hidden_ref, chosen):
-        p = model.distribution(hidden, cfg.temperature, cfg.top_p, include=chosen)              # (m, V)
-        logp = p.gather(1, chosen[:, None])[:, 0]
-        if reference is None:
-            return logp, logp.detach()
-        with torch.no_grad():
-            p_ref = reference.distribution(hidden_ref, cfg.temperature, support=p > -torch.inf)
-        return logp, p_ref.gather(1, chosen[:, None])[:, 0]
+    def head(m, hidden, chosen, **nucleus):
+        return m.distribution(hidden, cfg.temperature, **nucleus).gather(1, chosen[:, None])[:, 0]      # of (m, V)
+
+    def support(hidden, chosen):
+        return model.distribution(hidden, cfg.temperature, cfg.top_p, include=chosen) > -torch.inf if cfg.top_p < 1 else None
 
     size = max(1, HEAD_CHUNK // model.cfg.text.vocab_size)
     parts = list(zip(hidden.split(size), hidden_ref.split(size), chosen.split(size)))
-    again = partial(checkpoint, head, use_reentrant=False) if len(parts) > 1 else head
-    logp, logp_ref = map(torch.cat, zip(*(again(*part) for part in parts)))                     # (m,)
+    again = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False) if len(parts) > 1 else head
+    logp = torch.cat([again(model, h, c, top_p=cfg.top_p, include=c) for h, _, c in parts])             # (m,)
+    with torch.no_grad():
+        logp_ref = logp.detach() if reference is None else torch.cat(
+            [head(reference, h_ref, c, support=support(h, c)) for h, h_ref, c in parts])
     return logp[of_token], logp_ref[of_token]
 
 
@@ -644,7 +661,7 @@ def step_report(texts, rewards, roles, terms, keep):
 
 
 PRESETS = {     # what --method sets; a flag beats it
-    "asru-paper": dict(each=False, begun=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
+    "asru-paper": dict(each=False, weight_retain=1.0, begun=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
                        rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}

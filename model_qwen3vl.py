@@ -202,12 +202,20 @@ class Batch:
     packing: "Packing" = None                  # None: the rows as they are, padding and all
 
     def to(self, device):
-        def move(value):
-            if isinstance(value, list):
-                return [v.to(device) for v in value]
-            return value if value is None else value.to(device)
+        return replace(self, **{f.name: sent(getattr(self, f.name), device) for f in fields(self)})
 
-        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+def sent(value, device):
+    """A tensor, a list of them or what holds them on a device. The CPU does not wait until a GPU has got to it."""
+    if isinstance(value, list):
+        return [sent(v, device) for v in value]
+    if isinstance(value, Packing):
+        return Packing(*(sent(getattr(value, f.name), device) for f in fields(value)))
+    if value is None or value.device == torch.device(device):
+        return value
+    if value.device.type == "cpu" and torch.device(device).type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 PADDING = 2**62
@@ -270,6 +278,17 @@ def no_hook(value, site, layer):
     return value
 
 
+@contextmanager
+def any_kernel():
+    """Within, torch may take kernels for which it does not vouch that they add in the same order each time."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
 class Qwen3VL(nn.Module):
     """Qwen3-VL with random weights; `from_pretrained` reads a checkpoint."""
 
@@ -319,9 +338,10 @@ class Qwen3VL(nn.Module):
         x = self.text.embed_tokens(ids)                                     # (B, T, D)
         slots, features = None, self._image_features(batch)
         if features is not None:
-            slots = (ids == self.cfg.image_token_id).nonzero(as_tuple=True)
-            if len(slots[0]) != features.shape[1]:
-                raise ValueError(f"the text has {len(slots[0])} image tokens, the pictures give {features.shape[1]}")
+            is_image, M = ids == self.cfg.image_token_id, features.shape[1]
+            if batch.position_ids is None and int(is_image.sum()) != M:     # else it was seen when they were made
+                raise ValueError(f"the text has {int(is_image.sum())} image tokens, the pictures give {M}")
+            slots = torch.nonzero_static(is_image, size=M).unbind(1)        # two of (M,); that M is known spares a wait
             x = x.index_put(slots, features[0].to(x.dtype))
         return self.text(x, positions, segments, batch.packing, slots, features, cache, hook)
 
@@ -358,6 +378,14 @@ class Qwen3VL(nn.Module):
         up to some last one. A prompt is computed once and so is what some continuations begin with alike: the work of a
         group is P tokens and those of its tree, not G * (P + C).
         """
+        tree, place = self.tree(batch, tokens, keep)
+        return self(tree)[0, sent(place[keep], self.device)]
+
+    def tree(self, batch, tokens, keep):
+        """The Batch that `continuations` computes and where, in what it gives, a kept token is predicted: (B, G, C).
+
+        What is given may lie on the CPU, so that a GPU goes on with its work meanwhile; the Batch is on the model's device.
+        """
         B, G, C = tokens.shape
         P, device = batch.input_ids.shape[1], tokens.device
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
@@ -371,13 +399,13 @@ class Qwen3VL(nn.Module):
         segments = torch.cat([PADDING - real, through.masked_fill(~inside, PADDING)], 1)                    # (B, P + W)
         wanted = torch.cat([torch.zeros_like(real, dtype=torch.bool), inside], 1)
         wanted[:, P - 1] = True
-        hidden = self(replace(batch, **packed(
-            torch.cat([batch.input_ids, ids], 1), segments, torch.cat([positions, place.expand(3, -1, -1)], 2), wanted)))
         # The first token is predicted by the end of the prompt, token c by the column that token c - 1 went to.
         column = node.flatten(1).cumsum(1).view_as(node).gather(1, leader)  # (B, G, C - 1) where a fed token lies
         source = torch.cat([torch.zeros_like(tokens[..., :1]), column], 2)  # (B, G, C)
         number = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[:, P - 1:]            # (B, 1 + W) place among the wanted
-        return hidden[0, number.gather(1, source.flatten(1)).view_as(source)[keep]]
+        tree = replace(batch, **packed(
+            torch.cat([batch.input_ids, ids], 1), segments, torch.cat([positions, place.expand(3, -1, -1)], 2), wanted))
+        return tree.to(self.device), number.gather(1, source.flatten(1)).view_as(source)
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
         """Log-probabilities of the next token exactly as `generate` samples it: (n, D) -> (n, V) float32.
@@ -397,6 +425,7 @@ class Qwen3VL(nn.Module):
         return logits.log_softmax(-1)
 
     @torch.no_grad()
+    @any_kernel()       # without a backward each adds in one order, and nothing is written twice
     def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None, chance=None,
                  logp=None):
         """Continue every row: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.
@@ -429,7 +458,7 @@ class Qwen3VL(nn.Module):
         if temperature > 0 and chance is None:
             chance = torch.rand(B, G, max_new_tokens, dtype=torch.float64, generator=generator, device=device)
         tokens = torch.full((B, G, max_new_tokens), cfg.pad_token_id, device=device)
-        done = torch.zeros(B, G, dtype=torch.bool, device=device)
+        done, length = torch.zeros(B, G, dtype=torch.bool, device=device), torch.zeros((), dtype=torch.long, device=device)
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
             point = None if chance is None else chance[rows[owner], :, n]   # (N, G)
@@ -438,27 +467,32 @@ class Qwen3VL(nn.Module):
             tokens[rows, :, n] = token
             if logp is not None:
                 logp[rows, :, n] = said.gather(0, node)
+            length += (~done).any()
             done = done | torch.isin(token, eos)
-            alive = int((~done).sum())
-            if n + 1 == max_new_tokens or not alive:
+            if n + 1 == max_new_tokens:
                 break
             # 3 Samples that have said the same are one node of the next step, finished ones none. A captured step's shapes
-            #   are fixed: there each sample is a node of its own, and finished ones stay until they are half of all.
+            #   are fixed: there each sample is a node of its own, and finished ones stay until they are half of all. Who goes
+            #   on is not asked each time: meanwhile the GPU would wait for the CPU.
+            if graph is None or n % 4 == 0:
+                alive = int((~done).sum())
+                if not alive:
+                    break
             if graph is None or alive <= len(owner) / 2:
                 graph, going = None, (~done).any(1).nonzero()[:, 0]
                 if len(going) <= 0.75 * len(rows):      # prompts leave once enough of them do to pay for moving the rest
                     cache.keep(going)
                     rows, position, node, token, done = (x[going] for x in (rows, position, node, token, done))
                 own = torch.arange(node.numel(), device=device).view_as(node)
-                member = ~done
-                node, owner, segments, packing = branch(own if captured else node * cfg.text.vocab_size + token, member)
-            ids = torch.full_like(owner, cfg.pad_token_id).index_put((node[member],), token[member])    # (N,)
+                node, speaker, segments, packing = branch(own if captured else node * cfg.text.vocab_size + token, ~done)
+                owner = speaker // G                                        # (N,)
+            ids = token.flatten()[speaker]                                  # (N,)
             shape = (1, -1) if packing else (len(rows), -1)                 # packed; as it is where nothing is to pack
             batch = Batch(ids.view(shape), position_ids=(position[owner] + n).view(shape).expand(3, -1, -1),
                           segments=segments, packing=packing)
             graph = graph or (CapturedStep(self, cache, batch, max_new_tokens - n - 1) if captured else None)
             hidden = graph(batch) if graph else self(batch, cache=cache)    # (1, N, D) or (B, W, D)
-        return tokens[:, :, :n + 1].flatten(0, 1)
+        return tokens[:, :, :int(length)].flatten(0, 1)
 
     def _next_token(self, hidden, temperature, top_p, point):
         """(N, D), numbers in [0, 1) (N, G) -> token ids and their log-probabilities, (N, G); greedy (N, 1) and None."""
@@ -466,8 +500,7 @@ class Qwen3VL(nn.Module):
             return self.allowed_logits(hidden).argmax(-1, keepdim=True), None
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
         logp = self.distribution(hidden, temperature, top_p)                                            # (N, V)
-        mass = running_sum(logp.exp(), dtype=torch.float64)
-        drawn = torch.searchsorted(mass, point * mass[:, -1:], right=True)     # no token of p 0: there the sum is flat
+        drawn = pick(logp.exp(), point)
         return drawn, logp.gather(1, drawn)
 
     @classmethod
@@ -551,7 +584,7 @@ class TextModel(nn.Module):
         for i, layer in enumerate(self.layers):
             again = self.recompute and torch.is_grad_enabled()
             left = wanted if i + 1 == len(self.layers) > deep else None
-            run = partial(checkpoint, layer, use_reentrant=False) if again else layer
+            run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if again else layer
             x = run(x, rope, mask, packing, left, cache, hook)              # (B, T, D)
             if i < deep:                                   # DeepStack: detail enters after early layers
                 x = x.index_put(slots, features[i + 1].to(x.dtype), accumulate=True)
@@ -671,20 +704,24 @@ def tree_of(tokens, keep):
 def branch(path, member):
     """The nodes of a decoding step: samples on equal paths are one.
 
-    path: (B, G), greater in a later prompt; member: (B, G) bool, who goes on. Returns the node of each sample (B, G), the
-    prompt of each of N nodes (N,), who runs through them (B, W), and their Packing, None where there are B * W.
+    path: (B, G), greater in a later prompt; member: (B, G) bool, who goes on. Returns the node of each sample (B, G), for
+    each of N nodes a sample that runs through it, as its place in (B * G) (N,), all who do (B, W), and their Packing, None
+    where there are B * W.
     """
     found, inverse = path[member].unique(return_inverse=True)               # (N,), (members,)
     node = torch.zeros_like(path).masked_scatter(member, inverse)           # (B, G)
-    prompt, sample = member.nonzero(as_tuple=True)
-    owner, number = torch.empty_like(found).index_put((inverse,), prompt), torch.arange(len(found), device=path.device)
+    B, G = path.shape
+    place = member.flatten().nonzero()[:, 0]                                # (members,)
+    prompt, sample = place // G, place % G
+    speaker, number = torch.empty_like(found).index_put((inverse,), place), torch.arange(len(found), device=path.device)
+    owner = speaker // G
     column = number - torch.searchsorted(owner, owner)                      # (N,) place among those of its prompt
-    B, W, N = len(path), int(column.max()) + 1, len(found)
+    W, N = int(column.max()) + 1, len(found)
     segments = torch.zeros(B, W, dtype=torch.long, device=path.device)
     segments = segments.index_put((prompt, column[inverse]), 2**sample, accumulate=True)            # (B, W)
     spread = torch.zeros_like(segments).index_put((owner, column), number)
     packing = None if N == B * W else Packing(spread, (owner * W + column)[None])
-    return node, owner, segments.masked_fill(segments == 0, PADDING), packing
+    return node, speaker, segments.masked_fill(segments == 0, PADDING), packing
 
 
 def nucleus_threshold(p, top_p, k=64):
@@ -700,21 +737,26 @@ def nucleus_threshold(p, top_p, k=64):
     return top.gather(1, (before < top_p).sum(-1, keepdim=True) - 1)
 
 
+def pick(p, point):
+    """Where numbers in [0, 1) fall among the sums of p, which need not add up to 1: (N, V), (N, G) float64 -> (N, G).
+
+    First among the sums of blocks, then within one: the running sum of a whole vocabulary takes longer than a layer.
+    """
+    blocks = p.view(len(p), -1, math.gcd(p.shape[1], 128))                  # (N, V / b, b)
+    mass = running_sum(blocks.sum(-1, dtype=torch.float64))                 # (N, V / b)
+    aim = point * mass[:, -1:]                                              # (N, G)
+    block = torch.searchsorted(mass, aim, right=True)                       # never one of p 0: there the sum is flat
+    inner = blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[2]))                          # (N, G, b)
+    inner = running_sum(inner, dtype=torch.float64)
+    before = mass.gather(1, block) - inner[..., -1]
+    rest = torch.minimum(aim - before, inner[..., -1].nextafter(torch.zeros_like(aim))).clamp_min(0)    # both are rounded
+    return block * blocks.shape[2] + torch.searchsorted(inner, rest[..., None], right=True)[..., 0]
+
+
 def running_sum(x, **kind):
     """Along the last dimension. On CUDA torch does not vouch for its order, which a row of its own has."""
     with any_kernel():
         return x.cumsum(-1, **kind)
-
-
-@contextmanager
-def any_kernel():
-    """Within, torch may take kernels for which it does not vouch that they add in the same order each time."""
-    mode = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("default")
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
 
 
 def visible(segments, cache, repeat, dtype):
@@ -990,11 +1032,13 @@ class CapturedStep:
     def __init__(self, model, cache, batch, steps):
         self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
         cache.read_whole(batch.segments.shape[1], steps)
-        side = torch.cuda.Stream()
+        first, CapturedStep.side = CapturedStep.side is None, CapturedStep.side or torch.cuda.Stream()
+        side = CapturedStep.side
         side.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()
-        with any_kernel(), torch.cuda.stream(side):     # no two tokens share a slot: writing is exact without a sort
-            model(self.batch, cache=cache)              # what is set up at a first call must not be captured
+        with torch.cuda.stream(side):
+            if first:
+                model(self.batch, cache=cache)          # what is set up at a first call must not be captured
             self.graph.capture_begin()                  # not torch.cuda.graph: it empties the allocator's cache
             self.hidden = model(self.batch, cache=cache)                    # (B, G, D)
             self.graph.capture_end()
@@ -1002,6 +1046,7 @@ class CapturedStep:
         cache.end = end
 
     READ = ("input_ids", "position_ids", "segments")
+    side = None         # the stream that all are captured on
 
     def __call__(self, batch):
         for name in self.READ:

@@ -207,7 +207,7 @@ class Case:
         texts = [[" ".join(map(str, row)) for row in group] for group in tokens.tolist()]
         samples = [{"question": "?", "answer": group[0]} for group in texts]
         rewards, _ = self.reward(texts, samples, ["retain"] * self.Q, [None] * self.Q)
-        return torch.tensor(rewards, device=self.generator.device)
+        return torch.tensor(rewards)
 
     # -- transformers, as GRPOTrainer uses it
 
@@ -225,7 +225,7 @@ class Case:
         P = self.batch.input_ids.shape[1]
         ids = self.hf_decode()                                              # (Q * G, P + R)
         rewards = self.rewarded(ids[:, P:].view(self.Q, self.G, -1))
-        advantage = asru.group_advantage(rewards).flatten()[:, None]
+        advantage = asru.group_advantage(rewards).flatten()[:, None].to(ids.device)
         repeated = {name: value.repeat_interleave(self.G, 0) for name, value in self.inputs.items()
                     if name in ("attention_mask", "mm_token_type_ids", "image_grid_thw")}
         ones = torch.ones(len(ids), self.R, dtype=torch.long, device=ids.device)
@@ -269,7 +269,7 @@ def random_prompts(model, Q, length, h=30, w=40):
     batch = Batch(ids, torch.ones_like(ids), torch.randn(Q * h * w, 3 * 2 * 16 * 16), grids).to(model.device)
     with torch.no_grad():
         features = model.encode_images(batch.pixel_values, grids)
-    pictures = {str(q): (grids[q], features[q]) for q in range(Q)}
+    pictures = {str(q): (grids[q], features[q].cpu()) for q in range(Q)}        # as `encode` keeps them
     return batch, Prompts([{"image": str(q), "question": "?", "answer": "?"} for q in range(Q)], list(ids), pictures)
 
 
@@ -344,14 +344,14 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
     float32      4 t: the numbers that bfloat16 weights are rounded from; adapters need none
     states       8 t, or 4 t in bfloat16
     reference    2 t: it shares what is not trained; adapters need none
-    gradients    2 t in backward; 4 t at the optimizer's step, when they are float32; adapters 4 t
+    gradients    2 t, adapters 4 t; the optimizer makes a few at a time float32
     activations  of b prompts of P tokens with G responses of R that begin with nothing alike, T = b (P + G (R - 1)) tokens; a
                    layer keeps T (4 D + 4 F + 4 H d + 3 K d), two bytes each: both norms' input and output; q before and after
                    its norm and turn, attention's output twice; k likewise, v; gate, its silu, up, inner: what autograd's
                    hooks count on a CPU, to 0.5 %. Where an H100 was asked, the total was 1 to 1.5 % more. An upper limit with mlp, and where responses or prompts are shorter.
                    --recompute: T D of every layer, and one layer whole. The head's chunk of logits comes on top.
     cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, and what sampling makes of Q G rows of V logits
-    Gradients and activations, the optimizer's step and the rollout do not meet: the total has the largest of the three.
+    Gradients and activations do not meet the rollout: the total has the larger of the two.
     Of 8 shards each process has an eighth of all that goes with t and, but in rollouts, of the weights that are trained;
     a layer that is computed and the next are whole.
     """
@@ -377,12 +377,13 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
             rollout = 2 * 2 * L * Kd * Q * (P + G * (R - 1)) + LOGIT * Q * G * text.vocab_size
             gathered = 2 * (whole - t)                      # what a rollout has besides, of which backward has two layers
             held[0] -= gathered
-            totals = [sum(held) + max(4 * t, (2 if full else 4) * t + most + 2 * gathered / L, gathered + rollout)
+            gradients = (2 if full else 4) * t
+            totals = [sum(held) + max(gradients + most + 2 * gathered / L, gathered + rollout)
                       for most in activations]
             held[0] += gathered
             cards = [[card for card in (24, 48, 80) if total < 0.92 * card * GiB] for total in totals]
             fits = " ".join(f"{card}" if card in cards[0] else f"({card})" for card in cards[1]) or "none"
-            row = [*held, 4 * t, *activations, rollout, *totals]
+            row = [*held, gradients, *activations, rollout, *totals]
             print(f"{name:4}{what:22}" + "".join(f"{value / GiB:12.1f}" for value in row) + f"   {fits}")
     print(f"\nbfloat16 weights; prompts of {P} tokens, {G} responses of {R}; --microbatch {b}, rollouts of {Q} prompts; 92 % of a card is used."
           "\n--average adds as much as float32, for adapters hardly anything; --kl 0 needs no reference.")
@@ -437,7 +438,7 @@ def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
         if side == "ours":
             rows = list(range(Q))
             said = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
-            advantage = torch.randn(Q, case.G, device=device)
+            advantage = torch.randn(Q, case.G)
             update = lambda: asru.update(case.model, case.reference, case.optimizer, case.trained, case.pool, said, advantage, rows, case.cfg)
             body, spoken = 2 * weights * Q * (P + case.G * (R - 1)), 2 * head * Q * case.G * R
             passes = 3 if rank else 4       # reference 1, policy 1, backward 2, of which a frozen weight needs one
@@ -452,7 +453,7 @@ def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
 
 
 ADAPTED = {"8B": 16}        # trained through adapters of this rank: whole, its states alone would fill a card of 80 GB
-MICROBATCH = {"2B": 8, "4B": 3, "8B": 6}        # what such a card holds
+MICROBATCH = {"2B": 16, "4B": 4, "8B": 8}       # what such a card holds
 
 
 def decode_rate(case, weights, device, rows=64):
@@ -460,7 +461,7 @@ def decode_rate(case, weights, device, rows=64):
     text, Q = case.model.cfg.text, rows // case.G
     batch = case.pool.batch(range(Q), device)
     P, R = batch.input_ids.shape[1], case.R
-    generate = lambda n: seconds(lambda: case.model.generate(batch, n, case.G, 1.5, 1.0, case.generator), device)
+    generate = lambda n: seconds(lambda: case.model.generate(batch, n, case.G, 1.5, 1.0, case.generator), device, times=5)
     step = (generate(R) - generate(2)) / (R - 2)                            # two tokens: with the capture of a step
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * Q * (P + case.G * R / 2)
     return case.model.lm_head.weight.element_size() * (weights + cache) / step
