@@ -43,7 +43,7 @@ import eval
 import reward
 from eval import (STAGES, agreement, answer_logp, attack, attack_table, bleu, choose, distorted, encode, load_samples, mark, opened,
                   projections, relearn, report, respond, restored, rouge_n, rounded, score, split_facts, split_sets, ticks, told)
-from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions, open_image, write_aside
+from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, mrope_positions, open_image, pick, write_aside
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 
 HERE = Path(__file__).parent
@@ -265,6 +265,17 @@ def test_sampler_draws_from_distribution():
     p = model.distribution(model(batch)[:, -1], 1.5, 0.8).exp()[0]
     drawn = torch.bincount(tokens[:, 0], minlength=len(p)) / len(tokens)
     assert (p == 0).any() and drawn[p == 0].sum() == 0 and (drawn - p).abs().sum() / 2 < 0.03
+
+
+@pytest.mark.parametrize("V", [512, 151936, 97], ids=["in blocks", "a real vocabulary", "a prime"])
+def test_a_number_falls_where_the_running_sum_says(V):
+    """`pick` against one running sum of the whole vocabulary; at either end, and behind tokens of p 0, it is one that can be."""
+    generator = torch.Generator().manual_seed(V)
+    p = torch.rand(3, V, generator=generator).square() * (torch.rand(3, V, generator=generator) < 0.3)
+    point = torch.rand(3, 400, dtype=torch.float64, generator=generator)
+    point[:, 0], point[:, 1] = 0.0, 1 - 2**-53
+    drawn, mass = pick(p, point), p.double().cumsum(1)
+    assert torch.equal(drawn, torch.searchsorted(mass, point * mass[:, -1:], right=True)) and (p.gather(1, drawn) > 0).all()
 
 
 def test_hook_reads_and_edits_the_residual_stream():
@@ -1368,6 +1379,26 @@ def test_each_prompt_arrives_where_strangers_are(tiny):
     assert (where(r) - held).norm(dim=1).max() < 0.02 * (before - target).norm(dim=1).min()
 
 
+def test_weighty_boundary_prompts_move_less(tiny):
+    """`weight_retain`: what stands in the equation as four times the boundary prompts is four copies of their group."""
+    model, proc, data, prompts = tiny()
+    parts, moved = [prompts[name].take(range(0, 240, 5)) for name in ("forget", "retain", "target")], {}
+    where = lambda: asru.collect_activations(model, parts[1], 3, asru.Config())[1]
+    start, before = model.state_dict()["model.language_model.layers.3.mlp.down_proj.weight"].clone(), where()
+    (kf, hf), (kr, _), (kt, ht) = (asru.collect_activations(model, part, 3, asru.Config()) for part in parts)
+    v, _ = asru.steering_vectors(parts[0], hf, parts[2], ht, False)
+    for weight in (1.0, 4.0):
+        edit, report = asru.redirect(model, proc, *parts, 3, asru.Config(layer=3, strength=1.0, weight_retain=weight, hold=0))
+        moved[weight] = (where() - before).norm(dim=1).mean().item(), report["retain_moved"]
+        with torch.no_grad():
+            asru.down_proj_of(model, 3).copy_(start)
+    K = torch.cat([k / len(k)**0.5 for k in (kf, *[kr] * 4, kt)])
+    rhs = kf.T @ v / len(kf)
+    by_hand = torch.linalg.solve(K.T @ K + 1e-4 * K.square().sum() * torch.eye(K.shape[1]).double(), rhs).T
+    assert (edit["dW"] - by_hand).norm() < 1e-6 * by_hand.norm()
+    assert moved[4.0][0] < 0.8 * moved[1.0][0] and moved[4.0][1] < 0.8 * moved[1.0][1]
+
+
 def test_redirect_reaches_the_place_of_the_fact(tiny):
     """With --begun the last token before the fact moves along a v of its own, measured again here; there forget prompts
     mostly stop telling, boundary prompts go on."""
@@ -1624,6 +1655,22 @@ def test_small_steps_add_up_in_either_precision(dtype):
     assert torch.allclose(weight.float(), torch.tensor(0.48), atol=2e-3) and weight.grad is None
     alone = torch.full((4,), 0.5, dtype=torch.bfloat16)
     assert torch.equal(alone - 1e-4, alone)
+
+
+def test_matrices_moved_by_turns_move_as_at_once():
+    """More of them than are moved at a time, one without a gradient, against AdamW on all of them: the same bits."""
+    make = lambda: [torch.randn(3, 5, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2 * asru.TOGETHER + 3)]
+    ours, theirs = make(), make()
+    optimizers = [torch.optim.AdamW(params, lr=0.1, fused=True) for params in (ours, theirs)]
+    for step in range(3):
+        for i, pair in enumerate(zip(ours, theirs)):
+            for p in pair:
+                p.grad = None if i == 7 else torch.randn(3, 5, generator=torch.Generator().manual_seed(100 * step + i))
+        asru.optimizer_step(optimizers[0], ours, 1.0)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        optimizers[1].step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and torch.equal(ours[7], make()[7]) and ours[0].grad is None
+    assert not torch.equal(ours[-1], make()[-1])
 
 
 def test_a_gradient_that_is_no_number_moves_nothing():
