@@ -847,10 +847,10 @@ ROWS = [        # (name, what differs from the settings given): add a line for a
     ("steer", dict(method="steer")),
     ("rl", dict(method="rl")),
     ("paper's reward", dict(paper_table=True)),
-    ("one v for all", dict(each=False)),
     ("no consistency", dict(consistency=0.0)),
     ("no rigidity", dict(rigidity=0.0)),
-    ("random boundary", dict(random_boundary=True)),
+    ("nearest boundary", dict(boundary=0.273)),                 # the paper's share of the retain set
+    ("random boundary", dict(boundary=0.273, random_boundary=True)),
     *((f"{name}, {stop}", dict(method=name, stop=stop)) for stop in ("utility", "forgetting") for name in BASELINES)]
 
 FIGURES = {     # heading: the set, and what of each of its responses this is the mean of

@@ -1032,8 +1032,8 @@ class CapturedStep:
     def __init__(self, model, cache, batch, steps):
         self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
         cache.read_whole(batch.segments.shape[1], steps)
-        first, CapturedStep.side = CapturedStep.side is None, CapturedStep.side or torch.cuda.Stream()
-        side = CapturedStep.side
+        first = CapturedStep.side is None
+        side = CapturedStep.side = CapturedStep.side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(side):
