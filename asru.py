@@ -31,6 +31,7 @@ Where this differs from the paper or from its released script
 13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end. Stage 1
    then redirects there too: where all of a group tell the fact, GRPO learns nothing.
 14 Stage 1 may take each forget prompt to where refusing strangers are (--each), not push all along their mean.
+15 The embedded model's settings hold all of the retain set (--boundary 1), at twice the weight (--weight-retain).
 """
 import argparse
 import copy
@@ -92,7 +93,7 @@ class Config:
     weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move; 1 as in the paper",
                                above=0)
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
-    boundary: float = opt(0.273, "share of the retain set, the nearest, that both stages use", above=0, most=1)
+    boundary: float = opt(0.273, "stage 1 and 2: share of the retain set, the nearest, that both use", above=0, most=1)
 
     steps: int = opt(100, "stage 2: rollout steps", least=0)
     prompts: int = opt(64, "stage 2: prompts per step, Q", least=1)

@@ -206,7 +206,7 @@ class Batch:
 
 
 def sent(value, device):
-    """A tensor, a list of them or what holds them on a device. The CPU does not wait until a GPU has got to it."""
+    """A tensor, a list of tensors or a Packing on that device. The CPU does not wait until a GPU has got to it."""
     if isinstance(value, list):
         return [sent(v, device) for v in value]
     if isinstance(value, Packing):
