@@ -31,7 +31,7 @@ Where this differs from the paper or from its released script
 13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end. Stage 1
    then redirects there too: where all of a group tell the fact, GRPO learns nothing.
 14 Stage 1 may take each forget prompt to where refusing strangers are (--each), not push all along their mean.
-15 The embedded model's settings hold all of the retain set (--boundary 1), at twice the weight (--weight-retain).
+15 The embedded model's settings hold all of the retain set (--boundary 1), at four times the weight (--weight-retain).
 """
 import argparse
 import copy
