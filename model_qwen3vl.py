@@ -425,7 +425,7 @@ class Qwen3VL(nn.Module):
         return logits.log_softmax(-1)
 
     @torch.no_grad()
-    @any_kernel()       # without a backward each adds in one order, and nothing is written twice
+    @any_kernel()       # without a backward each adds in one order; what is written twice is alike, or whole numbers added up
     def generate(self, batch, max_new_tokens=50, num_samples=1, temperature=0.0, top_p=1.0, generator=None, chance=None,
                  logp=None):
         """Continue every row: (B * num_samples, n) new tokens, n <= max_new_tokens, padded after the end token.

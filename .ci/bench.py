@@ -453,7 +453,7 @@ def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
 
 
 ADAPTED = {"8B": 16}        # trained through adapters of this rank: whole, its states alone would fill a card of 80 GB
-MICROBATCH = {"2B": 16, "4B": 4, "8B": 8}       # what such a card holds
+MICROBATCH = {"2B": 16, "4B": 4, "8B": 8}       # what such a card holds: 4B measured, the others by `memory_table`
 
 
 def decode_rate(case, weights, device, rows=64):
