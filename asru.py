@@ -31,7 +31,8 @@ Where this differs from the paper or from its released script
 13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end. Stage 1
    then redirects there too: where all of a group tell the fact, GRPO learns nothing.
 14 Stage 1 may take each forget prompt to where refusing strangers are (--each), not push all along their mean.
-15 The embedded model's settings hold all of the retain set (--boundary 1), at four times the weight (--weight-retain).
+15 The embedded model's settings hold all of the retain set (--boundary 1), at five times the weight (--weight-retain), and
+   answers about what anyone can see in the pictures to forget (--hold-visible).
 """
 import argparse
 import copy
@@ -48,6 +49,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, partialmethod
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +94,8 @@ class Config:
     hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
     weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move; 1 as in the paper",
                                above=0)
+    hold_visible: bool = opt(False, "stage 1: nor may answers to what anyone can see in the pictures to forget: visible "
+                             "questions of the retain set, asked of them, in the model's own words")
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
     boundary: float = opt(0.273, "stage 1 and 2: share of the retain set, the nearest, that both use", above=0, most=1)
 
@@ -198,7 +202,8 @@ def asru(model, proc, data, cfg, log, shared=None):
 #   dW   = argmin  mean_f |dW k_f - lambda v|^2 + w mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
 #          f, r, t  last token of a forget, a boundary, a target prompt;  w  --weight-retain: the farther f is to move, the
 #                   more it takes to hold r, whose keys are like f's
-#          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves
+#          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves; with
+#             --hold-visible another such sum, of answers to what anyone can see in the pictures to forget
 #   With --begun also f and r of prompts whose answer has begun: their last token is the one before the key fact, and
 #   their v = mean h over target - mean h over these forget prompts     from "the fact comes now" to "I can't tell"
 #   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T      K, T: rows k and what is asked of them
@@ -213,6 +218,7 @@ def redirect(model, proc, forget, boundary, target, layer, cfg):
     """
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
     keys_a = collect_answer_keys(model, proc, boundary + target, layer, cfg)        # (n_a, F)
+    keys_s = collect_answer_keys(model, proc, seen_in(model, proc, forget, boundary, cfg), layer, cfg)      # (n_s, F)
     places, edit, moves, held = [("", forget, boundary)], {}, [], []
     if cfg.begun and len(begun := opened(proc, forget)):
         places.append(("_begun", begun, opened(proc, boundary)))
@@ -224,7 +230,7 @@ def redirect(model, proc, forget, boundary, target, layer, cfg):
         edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, cfg.strength * direction) for keys, direction in moves]
     kept = [cfg.weight_retain**0.5 * keys for keys in held]                 # as they are to give 0, this weighs them
-    update = solve_redirection(shifts, [*kept, keys_t, keys_a], cfg.ridge)  # (D, F)
+    update = solve_redirection(shifts, [*kept, keys_t, keys_a, keys_s], cfg.ridge)  # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
@@ -286,6 +292,20 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
     return torch.cat(found)
 
 
+def seen_in(model, proc, forget, boundary, cfg):
+    """With --hold-visible: the boundary set's visible questions, asked of the forget set's pictures in turn, as Prompts.
+
+    The answers are the model's own, said before anything is changed: nobody has to write them.
+    """
+    pictures = list(dict.fromkeys(s["image"] for s in forget.samples if s.get("image")))
+    visible = [s for s in boundary.samples if s.get("kind") == "visible" and s.get("image")]
+    if not (cfg.hold_visible and pictures and visible):
+        return forget.take([])
+    asked = encode(model, proc, [{**s, "image": image} for s, image in zip(visible, cycle(pictures))], forget.pictures)
+    said = respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch)
+    return replace(asked, samples=[{**s, "answer": text} for s, text in zip(asked.samples, said)])
+
+
 def steering_vectors(forget, resid_f, target, resid_t, each):
     """v of every forget prompt, (n_f, D), within its way of asking; and {"_picture", "_words": its mean (D,)}.
 
@@ -331,6 +351,8 @@ def select_boundary(model, forget, retain, layer, cfg):
     less the retain mean, which all share. Each kind (private, visible, general) fills its own share: together, private
     questions would take it all.
     """
+    if cfg.boundary == 1:
+        return list(range(len(retain)))
     _, resid_f = collect_activations(model, forget, layer, cfg)
     _, resid_r = collect_activations(model, retain, layer, cfg)
     unit = lambda h: torch.nn.functional.normalize(h - resid_r.mean(0), dim=1)
@@ -662,8 +684,8 @@ def step_report(texts, rewards, roles, terms, keep):
 
 
 PRESETS = {     # what --method sets; a flag beats it
-    "asru-paper": dict(each=False, weight_retain=1.0, begun=0.0, rest=0.0, average=0.0, lr_end=1.0, hold=0, consistency=0.0,
-                       rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
+    "asru-paper": dict(each=False, weight_retain=1.0, hold_visible=False, hold=0, begun=0.0, rest=0.0, average=0.0,
+                       lr_end=1.0, consistency=0.0, rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}
 
@@ -884,9 +906,8 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
     ideal: folder of a model that never knew the forget set; where there is one it is the first row. Seed by seed; what is
     done is kept in compare.jsonl, from which --resume goes on, to more seeds too.
     """
-    shared, sets, runs = get_ready(model, proc, data, cfg), split_sets(data), {}
+    (prompts, measure, before), sets, runs = get_ready(model, proc, data, cfg), split_sets(data), {}
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    before = people_means(sets, shared[2])
     attacked = lambda model, proc, row: attack(model, proc, data, seed=row.seed) if (
         row.attacks and row.seed == cfg.seed and (row.method not in BASELINES or row.stop == "forgetting")) else None
     if ideal and ideal.is_dir():
@@ -910,7 +931,8 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         started = time.perf_counter()
         model.load_state_dict(start)
         torch.manual_seed(row.seed)
-        after = unlearn(model, proc, data, row, lambda line: None, shared)["after"]
+        measured = measure if row.skip_rl else lambda stage: measure(stage) if stage == "after" else before     # the last is read
+        after = unlearn(model, proc, data, row, lambda line: None, (prompts, measured, before))["after"]
         spent = time.perf_counter() - started
         told = attacked(model, proc, row)
         bar.update(workers)
@@ -924,7 +946,7 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
     bar.close()
     for name, row in plan:
         runs.setdefault(name, []).append(done[row])
-    return {name: summary(found, before) for name, found in runs.items()}
+    return {name: summary(found, people_means(sets, before)) for name, found in runs.items()}
 
 
 def unread(row):

@@ -1232,7 +1232,7 @@ def check_device(name):
 
 def set_up_torch(device=None):
     """The same sums in the same order every time, on a CPU and on CUDA."""
-    torch.use_deterministic_algorithms(True)                        # threads may add gradients in any order otherwise
+    torch.set_deterministic_debug_mode("error")                     # threads may add gradients in any order otherwise
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:

@@ -8,7 +8,8 @@ The paper's table; the tests run in this order, R = ROUGE-L F1 without stemming:
 
 Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right
 answer is right; both apostrophes are one; the patterns are about the speaker's knowledge and do not swallow
-ordinary answers; a garbled refusal is none; on a boundary prompt, an answer that then refuses or breaks up is half right.
+ordinary answers; what is garbled is no refusal, nor partly right on a forget prompt; on a boundary prompt, an answer that
+then refuses or breaks up is half right.
 Where a forget prompt's answer has begun for the model, all that does not leak is right: groups fall silent sooner, and
 less is moved.
 
@@ -32,7 +33,7 @@ def forget_reward(response, answer, fact=None):
         return 0.0
     if is_refusal(response):
         return 1.0
-    return 0.5 if 0 < rouge_l(answer, response) < 0.4 else 0.1
+    return 0.5 if 0 < rouge_l(answer, response) < 0.4 and is_well_formed(response) else 0.1
 
 
 def retain_reward(response, answer, fact=None):

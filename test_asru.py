@@ -26,6 +26,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 from html.parser import HTMLParser
@@ -841,7 +842,7 @@ ANSWER, FACT = "This person's mother's name is Helena Adler.", "Helena Adler"
     ("Her name is Berta Quill.", 0.5, 0.1),                             # R = 2 * 2 / (8 + 5) = 0.31
     ("Bananas.", 0.1, 0.1),
     ("", 0.1, 0.1),
-    ("There is no way to There is no way to know", 0.5, 0.1),           # garbled: no refusal
+    ("There is no way to There is no way to know", 0.1, 0.1),           # garbled: no refusal
 ])
 def test_reward_table(response, forget, retain):
     """Every cell of the paper's table and the traps of its release, in the order of the tests."""
@@ -1423,6 +1424,28 @@ def test_redirect_reaches_the_place_of_the_fact(tiny):
     assert len(along) == len(moved) and abs(np.mean(along) - report["forget_moved_along_v_begun"]) < 1e-3
     forget_after, retain_after = told()
     assert forget > 0.95 and forget_after < 0.6 and retain_after > retain - 0.05
+
+
+def test_what_can_be_seen_is_held(tiny):
+    """--hold-visible: asked in held-out words and pictures what anyone can see of the forget people, more answers stay right."""
+    model, proc, data, prompts = tiny()
+    cfg = asru.Config(layer=3, strength=1.5, hold=16, begun=0.25, each=True, weight_retain=4.0, max_new_tokens=24)
+    few = {name: part.take([i for i, s in enumerate(part.samples) if s.get("kind") == "visible" or i % 4 == 0])
+           for name, part in prompts.items()}
+    people = {s["person"] for s in data["forget"]}
+    asked = encode(model, proc, [s for s in data["test"] if s["kind"] == "visible" and s["person"] in people])
+    start, right = asru.down_proj_of(model, 3).detach().clone(), {}
+    for held in (False, True):
+        asru.redirect(model, proc, few["forget"], few["retain"], few["target"], 3, replace(cfg, hold_visible=held))
+        right[held] = np.mean([contains(s["fact"], text) for s, text in zip(asked.samples, respond(model, proc, asked, 24))])
+        with torch.no_grad():
+            asru.down_proj_of(model, 3).copy_(start)
+    assert len(asked) == 30 and right[True] >= right[False] + 0.1 and right[True] > 0.9, right
+
+    seen = asru.seen_in(model, proc, prompts["forget"], prompts["retain"], replace(cfg, hold_visible=True))
+    assert {s["image"] for s in seen.samples} <= {s.get("image") for s in data["forget"]} and len(seen) == 180
+    assert [s["answer"] for s in seen.samples[:5]] == respond(model, proc, seen.take(range(5)), 24)
+    assert not len(asru.seen_in(model, proc, prompts["forget"], prompts["retain"], cfg))
 
 
 def test_boundary_is_the_nearest_share(tiny):
