@@ -94,7 +94,7 @@ class Config:
     hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
     weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move; 1 as in the paper",
                                above=0)
-    hold_visible: bool = opt(False, "stage 1: nor may answers to what anyone can see in the pictures to forget: visible "
+    hold_visible: bool = opt(False, "stage 1: what anyone can see in the pictures to forget must not move either: visible "
                              "questions of the retain set, asked of them, in the model's own words")
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
     boundary: float = opt(0.273, "stage 1 and 2: share of the retain set, the nearest, that both use", above=0, most=1)
@@ -931,7 +931,8 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         started = time.perf_counter()
         model.load_state_dict(start)
         torch.manual_seed(row.seed)
-        measured = measure if row.skip_rl else lambda stage: measure(stage) if stage == "after" else before     # the last is read
+        # What a run says between its stages is read by nobody here; of stage 1 alone it is the result.
+        measured = measure if row.skip_rl else lambda stage: measure(stage) if stage == "after" else before
         after = unlearn(model, proc, data, row, lambda line: None, (prompts, measured, before))["after"]
         spent = time.perf_counter() - started
         told = attacked(model, proc, row)

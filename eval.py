@@ -1232,7 +1232,7 @@ def check_device(name):
 
 def set_up_torch(device=None):
     """The same sums in the same order every time, on a CPU and on CUDA."""
-    # Threads may add gradients in any order otherwise. use_deterministic_algorithms says the same, and takes 2 s to import a compiler.
+    # Threads may add gradients in any order otherwise. use_deterministic_algorithms sets this too, but imports a compiler first, in 2 s.
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
