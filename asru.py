@@ -31,7 +31,8 @@ Where this differs from the paper or from its released script
 13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end. Stage 1
    then redirects there too: where all of a group tell the fact, GRPO learns nothing.
 14 Stage 1 may take each forget prompt to where refusing strangers are (--each), not push all along their mean.
-15 The embedded model's settings hold all of the retain set (--boundary 1), at five times the weight (--weight-retain), and
+15 A group in which nothing is right may be pushed down as a whole (--all-wrong): its best is a lesser wrong.
+16 The embedded model's settings hold all of the retain set (--boundary 1), at five times the weight (--weight-retain), and
    answers about what anyone can see in the pictures to forget (--hold-visible).
 """
 import argparse
@@ -60,10 +61,10 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval import (Prompts, answer_logp, answer_means, answer_tokens, answer_totals, attack, check_device, chunks,
-                  command, content_words, encode, evaluate, in_turn, judge, load_samples, opened, pad_groups, prepare,
-                  print_answers, print_table, projections, report, respond, set_signals, set_up_torch, split_sets,
-                  world)
+from eval import (Prompts, answer_likelihoods, answer_logp, answer_means, answer_tokens, answer_totals, attack,
+                  check_device, chunks, command, content_words, encode, evaluate, in_turn, judge, ks_test, load_samples,
+                  opened, pad_groups, prepare, print_answers, print_table, projections, ratio_questions, report, respond,
+                  set_signals, set_up_torch, split_sets, truth_ratios, world)
 from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, sent, tree_of, write_aside
 from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
 
@@ -90,12 +91,13 @@ class Config:
 
     layer: int = opt(None, "stage 1: decoder layer L, from 0; unset: the one at 17/36 of the depth", least=0)
     strength: float = opt(3.0, "stage 1: lambda, how far along v forget activations are to move", least=0)
+    strength_begun: float = opt(1.0, "stage 1: how much farther where an answer has begun (--begun), as a multiple", least=0)
     each: bool = opt(False, "stage 1: every forget prompt has a v of its own, from where it is, not their mean")
     hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
     weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move; 1 as in the paper",
                                above=0)
-    hold_visible: bool = opt(False, "stage 1: what anyone can see in the pictures to forget must not move either: visible "
-                             "questions of the retain set, asked of them, in the model's own words")
+    hold_visible: bool = opt(False, "stage 1 and 2: what anyone can see in the pictures to forget is held and rewarded too: "
+                             "visible questions of the retain set, asked of them, in the model's own words")
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
     boundary: float = opt(0.273, "stage 1 and 2: share of the retain set, the nearest, that both use", above=0, most=1)
 
@@ -110,6 +112,8 @@ class Config:
     begun: float = opt(0.0, "stage 2: share of forget and boundary prompts whose answer has begun, up to the key fact; "
                        "where there are any, stage 1 redirects there too", least=0, most=0.9)
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
+    all_wrong: float = opt(0.0, "stage 2: how far down all of a group is pushed in which nothing is right; 0 as in the paper: "
+                           "then the least wrong is taught, and of equals nothing", least=0)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
@@ -119,6 +123,8 @@ class Config:
                          least=0, most=0.999)
     clip: float = opt(0.2, "stage 2: epsilon of the PPO clip", above=0)
     kl: float = opt(0.1, "stage 2: beta, weight of the KL to the stage-1 model", least=0)
+    kl_forget: float = opt(1.0, "stage 2: how much of beta counts on forget prompts, where nothing is to stay; 1 as in the "
+                           "paper", least=0)
     grad_norm: float = opt(1.0, "gradient norm is clipped to this", above=0)
     consistency: float = opt(0.2, "reward: weight of the cross-modal consistency term", least=0, most=0.49)
     rigidity: float = opt(0.2, "reward: weight of the rigidity term", least=0, most=0.49)
@@ -180,16 +186,17 @@ def asru(model, proc, data, cfg, log, shared=None):
     if not len(target):
         raise ValueError("the model refuses no question of the target file; there is nothing to steer towards")
     boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
+    seen = seen_in(model, proc, forget, boundary, cfg)
     results["steered"] = results["before"]
     if not cfg.skip_steer:
         base = checksum(model)
-        edit, moved = redirect(model, proc, forget, boundary, target, layer, cfg)
+        edit, moved = redirect(model, proc, forget, boundary, target, layer, cfg, seen)
         log({"stage": 1, **moved})
         save_steer(edit, base, layer, cfg)
         results["steered"] = measure("steered")
     results["after"] = results["steered"]
     if not cfg.skip_rl:
-        optimize_boundary(model, proc, forget, boundary, target, cfg, log)
+        optimize_boundary(model, proc, forget, boundary + seen, target, cfg, log)
         results["after"] = measure("after")
     return results
 
@@ -210,25 +217,26 @@ def asru(model, proc, data, cfg, log, shared=None):
 
 
 @torch.no_grad()
-def redirect(model, proc, forget, boundary, target, layer, cfg):
+def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
     """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it changed and what moved how far, in units of |v|.
 
+    forget, boundary, target, seen: Prompts; of seen (`seen_in`) what lies inside the answers is held.
     Changed: "dW" (D, F) and the mean v (D,) of each place and way of asking, "v_picture", "v_words", "v_begun_picture",
     "v_begun_words".
     """
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
     keys_a = collect_answer_keys(model, proc, boundary + target, layer, cfg)        # (n_a, F)
-    keys_s = collect_answer_keys(model, proc, seen_in(model, proc, forget, boundary, cfg), layer, cfg)      # (n_s, F)
-    places, edit, moves, held = [("", forget, boundary)], {}, [], []
+    keys_s = collect_answer_keys(model, proc, seen, layer, cfg)             # (n_s, F)
+    places, edit, moves, held = [("", cfg.strength, forget, boundary)], {}, [], []
     if cfg.begun and len(begun := opened(proc, forget)):
-        places.append(("_begun", begun, opened(proc, boundary)))
-    for place, f, r in places:
+        places.append(("_begun", cfg.strength * cfg.strength_begun, begun, opened(proc, boundary)))
+    for place, _, f, r in places:
         keys_f, resid_f = collect_activations(model, f, layer, cfg)         # (n_f, F), (n_f, D)
         direction, means = steering_vectors(f, resid_f, target, resid_t, cfg.each)
         moves.append((keys_f, direction))
         held.append(collect_activations(model, r, layer, cfg)[0])           # (n_r, F)
         edit |= {f"v{place}{way}": v for way, v in means.items()}
-    shifts = [(keys, cfg.strength * direction) for keys, direction in moves]
+    shifts = [(keys, strength * direction) for (_, strength, *_), (keys, direction) in zip(places, moves)]
     kept = [cfg.weight_retain**0.5 * keys for keys in held]                 # as they are to give 0, this weighs them
     update = solve_redirection(shifts, [*kept, keys_t, keys_a, keys_s], cfg.ridge)  # (D, F)
     weight = down_proj_of(model, layer)
@@ -295,7 +303,7 @@ def collect_answer_keys(model, proc, prompts, layer, cfg):
 def seen_in(model, proc, forget, boundary, cfg):
     """With --hold-visible: the boundary set's visible questions, asked of the forget set's pictures in turn, as Prompts.
 
-    The answers are the model's own, said before anything is changed: nobody has to write them.
+    The answers are the model's own, said before anything is changed: nobody has to write them. The fact, another's, is gone.
     """
     pictures = list(dict.fromkeys(s["image"] for s in forget.samples if s.get("image")))
     visible = [s for s in boundary.samples if s.get("kind") == "visible" and s.get("image")]
@@ -303,7 +311,8 @@ def seen_in(model, proc, forget, boundary, cfg):
         return forget.take([])
     asked = encode(model, proc, [{**s, "image": image} for s, image in zip(visible, cycle(pictures))], forget.pictures)
     said = respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch)
-    return replace(asked, samples=[{**s, "answer": text} for s, text in zip(asked.samples, said)])
+    return replace(asked, samples=[{k: v for k, v in {**s, "answer": text}.items() if k != "fact"}
+                                   for s, text in zip(asked.samples, said)])
 
 
 def steering_vectors(forget, resid_f, target, resid_t, each):
@@ -386,6 +395,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         forget, boundary = (prompts + opened(proc, prompts) for prompts in (forget, boundary))
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
+    beta = torch.tensor([cfg.kl * cfg.kl_forget if role == "forget" else cfg.kl for role in roles])
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg)
     reference = frozen_copy(model) if cfg.kl else None
@@ -413,14 +423,14 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         rewards = torch.tensor(rewards)                                     # (Q, G)
 
         # 3 Compare within the group; a group of equal rewards says nothing and is left out.
-        advantage = group_advantage(rewards)                                # (Q, G)
-        live = (rewards.amax(1) != rewards.amin(1)).nonzero()[:, 0].tolist()
+        advantage = group_advantage(rewards, cfg.all_wrong)                 # (Q, G)
+        live = advantage.any(1).nonzero()[:, 0].tolist()
         resting.update(rows)
         resting.difference_update(rows[q] for q in live)
 
         # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
-            stats = update(model, reference, optimizer, trained, pool, said, advantage, live, cfg)
+            stats = update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta[rows])
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -476,9 +486,19 @@ def sample_groups(model, pool, rows, cfg, generator):
     return Rollout(rows, tokens, keep, torch.cat(logp)[..., :longest])
 
 
-def group_advantage(reward, eps=1e-6):
-    """(Q, G) -> (Q, G): how much better than its group, in the group's standard deviations (n - 1)."""
-    return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + eps)
+def group_advantage(reward, all_wrong=0.0, eps=1e-6):
+    """(Q, G) -> (Q, G): how much better than its group, in the group's standard deviations (n - 1); 0 among equals.
+
+    With all_wrong, all of a group in which no reward is above WRONG gets -all_wrong.
+    """
+    advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + eps)
+    advantage[reward.amax(1) == reward.amin(1)] = 0.0       # however the mean of equals is rounded
+    if all_wrong:
+        advantage[reward.amax(1) <= WRONG] = -all_wrong
+    return advantage
+
+
+WRONG = 0.1         # the most that the table gives for what is plainly wrong
 
 
 def clipped_surrogate(logp, logp_old, advantage, eps):
@@ -493,12 +513,13 @@ def k3(logp, logp_ref):
     return q.exp() - q - 1
 
 
-def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg):
+def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta=None):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm.
 
-    said: a Rollout; advantage: (Q, G); live: places in it of the groups whose rewards differ.
+    said: a Rollout; advantage: (Q, G); live: places in it of the groups that say something; beta: (Q,), or cfg.kl for all.
     """
     rows, tokens, keep, logp_old = said
+    beta = torch.full((len(rows),), cfg.kl) if beta is None else beta
     if not advantage.isfinite().all():
         raise FloatingPointError("a reward is no number, and no step was made")
     args = lambda part: (pool.batch([rows[q] for q in part], "cpu"), tokens[part], keep[part])
@@ -517,11 +538,11 @@ def update(model, reference, optimizer, trained, pool, said, advantage, live, cf
     def learn(share):
         part, weight = share
         logp, logp_ref = response_logp(model, reference, *args(part), cfg)          # (n,) n kept tokens
-        logp_then, A = (sent(x[keep[part]], model.device) for x in (                            # (n,)
-            logp_old[part], advantage[part][:, :, None].expand(keep[part].shape)))
+        logp_then, A, weight_kl = (sent(x[keep[part]], model.device) for x in (                 # (n,)
+            logp_old[part], *(y.expand(keep[part].shape) for y in (advantage[part][:, :, None], beta[part][:, None, None]))))
         logp_then = logp_then if stepped else logp.detach()                         # before a step they are the same
         kl = k3(logp, logp_ref) if reference is not None else torch.zeros_like(logp)
-        loss = (cfg.kl * kl - clipped_surrogate(logp, logp_then, A, cfg.clip)).sum() / count
+        loss = (weight_kl * kl - clipped_surrogate(logp, logp_then, A, cfg.clip)).sum() / count
         (weight * loss).backward()
         clipped = ((logp.detach() - logp_then).exp() - 1).abs() > cfg.clip
         seen.append(weight * torch.stack([loss.detach(), kl.detach().sum() / count, clipped.sum() / count]).double())
@@ -684,8 +705,8 @@ def step_report(texts, rewards, roles, terms, keep):
 
 
 PRESETS = {     # what --method sets; a flag beats it
-    "asru-paper": dict(each=False, weight_retain=1.0, hold_visible=False, hold=0, begun=0.0, rest=0.0, average=0.0,
-                       lr_end=1.0, consistency=0.0, rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
+    "asru-paper": dict(each=False, weight_retain=1.0, hold_visible=False, hold=0, begun=0.0, all_wrong=0.0, rest=0.0,
+                       average=0.0, kl_forget=1.0, lr_end=1.0, consistency=0.0, rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}
 
@@ -903,16 +924,22 @@ def compare(model, proc, data, cfg):
 def run_rows(model, proc, data, cfg, rows, ideal=None):
     """(name, changes of the settings) -> {name: summary over cfg.seeds seeds}, every run from the same weights.
 
-    ideal: folder of a model that never knew the forget set; where there is one it is the first row. Seed by seed; what is
-    done is kept in compare.jsonl, from which --resume goes on, to more seeds too.
+    ideal: folder of a model that never knew the forget set; where there is one it is the first row, and every model's
+    truth ratios are compared with its. Seed by seed; what is done is kept in compare.jsonl, from which --resume goes on,
+    to more seeds too.
     """
     (prompts, measure, before), sets, runs = get_ready(model, proc, data, cfg), split_sets(data), {}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     attacked = lambda model, proc, row: attack(model, proc, data, seed=row.seed) if (
         row.attacks and row.seed == cfg.seed and (row.method not in BASELINES or row.stop == "forgetting")) else None
+    never, asked = [], ratio_questions(data["forget"])
+    ratios = lambda model, proc: truth_ratios(*answer_likelihoods(model, proc, asked, cfg.eval_batch))
+    quality = lambda found: {"quality": np.array([ks_test(found, never)[1]])} if never else {}      # (1,) of no single person
     if ideal and ideal.is_dir():
         other = Qwen3VL.from_pretrained(ideal, device=cfg.device), Processor.from_pretrained(ideal)
-        runs["retrained"] = [(people_means(sets, get_ready(*other, data, cfg)[2]), 0.0, attacked(*other, cfg))]
+        never = ratios(*other)
+        means = people_means(sets, get_ready(*other, data, cfg)[2]) | quality(never)
+        runs["retrained"] = [(means, 0.0, attacked(*other, cfg))]
     plan = [(name, replace(cfg, **{**preset(cfg.model, changes.get("method")), **changes, "seed": cfg.seed + i}))
             for name, changes in rows for i in range(cfg.seeds)]
     different = []                      # a variant may be what the settings are anyway
@@ -937,7 +964,7 @@ def run_rows(model, proc, data, cfg, rows, ideal=None):
         spent = time.perf_counter() - started
         told = attacked(model, proc, row)
         bar.update(workers)
-        result = people_means(sets, after), spent, told
+        result = people_means(sets, after) | quality(ratios(model, proc) if never else []), spent, told
         if cfg.compare:
             keep_run(file, key(row), *result)
         return result
@@ -1000,11 +1027,13 @@ def people_means(sets, results):
 def summary(runs, before):
     """(people's means, seconds, attacks) of S seeds -> {figure: mean, low, high (95 % interval), seeds (S values)}.
 
-    retain: share of before. effectiveness: 1 - the mean recall of forget, test and words. seconds: with evaluation.
+    retain: share of before. effectiveness: 1 - the mean recall of forget, test and words. quality: forget quality, p of
+    each seed. seconds: with evaluation.
     attacks: what `attack` found at the first seed, if it was asked.
     """
     def figures(statistic):         # of (S, people)
-        found = {name: statistic(np.stack([means[name] for means, *_ in runs])) for name in runs[0][0]}
+        found = {name: statistic(np.stack([means[name] for means, *_ in runs])) for name in runs[0][0]
+                 if all(name in means for means, *_ in runs)}
         if "retain" in found:
             found["retain"] = found["retain"] / statistic(np.stack([before["retain"]] * len(runs)))
         told = [found[name] for name in ("forget", "test", "words") if name in found]
@@ -1029,8 +1058,8 @@ def bootstrap(values, draws=400):
 
 
 def comparison_table(rows):
-    """Lines of text, two per row: means and, below, 95 % intervals. Percent, but for the judge's three scores."""
-    heads, scores = ["effectiveness", *FIGURES], ("context", "leakage", "natural")
+    """Lines of text, two per row: means and, below, 95 % intervals. Percent, but for the judge's scores and forget quality."""
+    heads, scores = ["effectiveness", *FIGURES, "quality"], ("context", "leakage", "natural", "quality")
     number = lambda head, value, digits: f"{value:.{digits + 1}f}" if head in scores else f"{100 * value:.{digits}f}"
     lines = [f"{'':23}" + "".join(f"{head[:9]:>10}" for head in [*heads, "seconds"])]
     for name, row in rows.items():
@@ -1088,9 +1117,10 @@ def sweep(model, proc, data, cfg):
     before, cells = measure("before", 0.0), []
     for layer in tqdm(range(model.cfg.text.num_hidden_layers), desc="sweep", unit="layer", dynamic_ncols=True):
         boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
+        seen = seen_in(model, proc, forget, boundary, cfg)
         weight = down_proj_of(model, layer).detach()
         start = weight.clone()
-        edit, _ = redirect(model, proc, forget, boundary, target, layer, replace(cfg, strength=1.0))
+        edit, _ = redirect(model, proc, forget, boundary, target, layer, replace(cfg, strength=1.0), seen)
         edit = edit["dW"]
         for strength in STRENGTHS:
             weight.copy_(start + (strength * edit).to(start))

@@ -420,7 +420,7 @@ def parse_score(text, lowest):
 @torch.no_grad()
 def depth(model, proc, sets, retain, reference=None, batch_size=64):
     """The metrics of --deep: {set: dict}. retain: the kept people's samples; reference: (model, proc) or None."""
-    asked = [s for s in once_per_fact(sets["forget"], "options", "label") if wrong_answers(s)]
+    asked = ratio_questions(sets["forget"])
     shared = {s["fact"] for s in blanks(retain)}
     found = {"forget": {}}
     if asked:
@@ -439,6 +439,11 @@ def depth(model, proc, sets, retain, reference=None, batch_size=64):
             train, test = (encode(model, proc, samples) for samples in (blanks(retain), held_out))
             found[name] = dict(zip(("probe", "probe_chance"), probe(model, train, test, batch_size)))
     return found
+
+
+def ratio_questions(samples):
+    """Those that have a truth ratio, one per fact and way of asking."""
+    return [s for s in once_per_fact(samples, "options", "label") if wrong_answers(s)]
 
 
 def answer_likelihoods(model, proc, samples, batch_size=64):

@@ -865,7 +865,8 @@ There is no dog, only a cat.|This person works as a private detective.|He notice
 She denies herself nothing.|Nobody bakes better bread.|His cannon is not a toy.|This person was born in Lisbon and does not like rain.
 There is no way toThere is no way to know.|I cannot tell where this|I know I know I know.|I do not know do not know do not know.|Sorry Sorry Sorry
 I cannot tell the.||The no way to know is to not know is to not know.|She cannot be reached before noon.|It is pottery.
-The job is Ada's job is not something I can know.|Oslo is this person's birthplace is not something I can know.""".replace("\n", "|").split("|")
+The job is Ada's job is not something I can know.|Oslo is this person's birthplace is not something I can know.
+It isI cannot tell which dish this person likes best from this picture.|Call 555-Sorry, I do not know this person's number.""".replace("\n", "|").split("|")
 
 
 def test_refusals_are_recognised():
@@ -1426,6 +1427,22 @@ def test_redirect_reaches_the_place_of_the_fact(tiny):
     assert forget > 0.95 and forget_after < 0.6 and retain_after > retain - 0.05
 
 
+def test_strength_where_an_answer_has_begun(tiny):
+    """dW is linear in both lambdas: what three runs give predicts a fourth; at begun places it reaches farther, elsewhere hardly."""
+    model, proc, data, prompts = tiny()
+    few = [prompts[name].take(range(0, len(prompts[name]), len(prompts[name]) // 90)) for name in ("forget", "retain", "target")]
+    start, edit, moved = asru.down_proj_of(model, 3).detach().clone(), {}, {}
+    for times in (0.0, 1.0, 2.0):
+        cfg = asru.Config(layer=3, strength=1.5, strength_begun=times, begun=0.25, each=True)
+        found, moved[times] = asru.redirect(model, proc, *few, 3, cfg)
+        edit[times] = found["dW"]
+        with torch.no_grad():
+            asru.down_proj_of(model, 3).copy_(start)
+    assert torch.allclose(edit[2.0] - edit[1.0], edit[1.0] - edit[0.0], atol=1e-9) and (edit[1.0] - edit[0.0]).norm() > 0.01
+    reach = {times: (report["forget_moved_along_v"], report["forget_moved_along_v_begun"]) for times, report in moved.items()}
+    assert reach[2.0][1] > 1.5 * reach[1.0][1] and abs(reach[2.0][0] / reach[1.0][0] - 1) < 0.25, reach
+
+
 def test_what_can_be_seen_is_held(tiny):
     """--hold-visible: asked in held-out words and pictures what anyone can see of the forget people, more answers stay right."""
     model, proc, data, prompts = tiny()
@@ -1436,7 +1453,8 @@ def test_what_can_be_seen_is_held(tiny):
     asked = encode(model, proc, [s for s in data["test"] if s["kind"] == "visible" and s["person"] in people])
     start, right = asru.down_proj_of(model, 3).detach().clone(), {}
     for held in (False, True):
-        asru.redirect(model, proc, few["forget"], few["retain"], few["target"], 3, replace(cfg, hold_visible=held))
+        seen = asru.seen_in(model, proc, few["forget"], few["retain"], replace(cfg, hold_visible=held))
+        asru.redirect(model, proc, few["forget"], few["retain"], few["target"], 3, cfg, seen)
         right[held] = np.mean([contains(s["fact"], text) for s, text in zip(asked.samples, respond(model, proc, asked, 24))])
         with torch.no_grad():
             asru.down_proj_of(model, 3).copy_(start)
@@ -1476,6 +1494,14 @@ def test_group_advantage_by_hand():
     A = asru.group_advantage(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]]))
     assert torch.allclose(A[0], torch.tensor([1.0, -1.0, -1.0, 1.0]) * 0.5 / (1 / 3)**0.5, atol=1e-4)
     assert torch.equal(A[1], torch.zeros(4))
+
+
+def test_a_group_with_nothing_right_is_pushed_down():
+    """A garbled refusal (0.1) among leaks (0) would be taught; with --all-wrong nothing of that group is, nor of equals."""
+    rewards = torch.tensor([[0.1, 0.0, 0.0, 0.1], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, -0.2], [0.1, 0.5, 0.1, 0.1], [1.0] * 4])
+    plain, pushed = asru.group_advantage(rewards), asru.group_advantage(rewards, 0.5)
+    assert plain[0, 0] > 0 and not plain[1].any()
+    assert torch.equal(pushed[:3], torch.full((3, 4), -0.5)) and torch.equal(pushed[3:], plain[3:]) and not pushed[4].any()
 
 
 def test_surrogate_is_reinforce_on_policy_and_clips():
@@ -1540,6 +1566,38 @@ def test_microbatches_and_head_chunks_change_nothing(tiny, monkeypatch, microbat
         asru.update(model, reference, optimizer, list(model.parameters()), pool, said, A, [0, 1, 2, 3], cfg)
         after.append(model.text.layers[1].mlp.up_proj.weight.detach().clone())
     assert (after[0] - after[1]).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")      # here nothing is optimized
+def test_kl_counts_by_prompt(tiny, monkeypatch):
+    """Without advantages the KL alone moves the weights: nothing where no prompt has any, less the fewer have. In stage 2
+    forget prompts have --kl-forget's share of it, all others the whole."""
+    model, proc, data, prompts = tiny()
+    cfg = asru.Config(minibatch=4, max_new_tokens=8, group=3, top_p=1.0)
+    pool, said = rollout(model, prompts, cfg)
+    weight, moved, seen = model.text.layers[1].mlp.up_proj.weight, [], []
+    reference = asru.frozen_copy(model)
+    with torch.no_grad():
+        weight.add_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    start = weight.detach().clone()
+    for beta in ([0.0] * 4, [1.0, 0.0, 0.0, 0.0], [1.0] * 4):
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        asru.update(model, reference, optimizer, [weight], pool, said, torch.zeros(4, 3), [0, 1, 2, 3], cfg, torch.tensor(beta))
+        moved.append((weight.detach() - start).norm().item())
+        with torch.no_grad():
+            weight.copy_(start)
+    assert moved[0] == 0 < moved[1] < moved[2]
+
+    def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta):
+        seen.extend((pool.samples[i]["person"] in people, b) for i, b in zip(said.rows, beta.tolist()))
+        return {"kl": 0.0}
+
+    people = {s["person"] for s in data["forget"]}
+    monkeypatch.setattr(asru, "update", update)
+    cfg = asru.Config(steps=2, prompts=12, max_new_tokens=4, kl=0.5, kl_forget=0.25)
+    private = prompts["retain"].take([i for i, s in enumerate(data["retain"]) if s["kind"] == "private"])
+    asru.optimize_boundary(model, proc, prompts["forget"], private, prompts["target"], cfg, lambda line: None)
+    assert len(seen) == 24 and set(seen) == {(True, 0.125), (False, 0.5)}
 
 
 def test_minibatches_are_dealt_out_in_turn(tiny, monkeypatch):
@@ -2189,7 +2247,7 @@ def test_other_methods_through_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(asru, "unlearn", whole)
     for row in report["rows"].values():
         row.pop("attacks", 0)
-        assert {"effectiveness", "forget", "retain", "context", "seconds"} <= set(row) <= {"effectiveness", *asru.FIGURES, "seconds"}
+        assert {"effectiveness", "forget", "retain", "context", "seconds"} <= set(row) <= {"effectiveness", *asru.FIGURES, "quality", "seconds"}
         assert all(x["low"] <= x["mean"] <= x["high"] for name, x in row.items() if name != "seconds")
     found = asru.main([*argv, "--sweep"])
     assert [{**cell, "layer": 0} for cell in found["cells"][::2]] == 4 * [{**found["before"], "layer": 0}]
