@@ -31,8 +31,9 @@ Where this differs from the paper or from its released script
 13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end. Stage 1
    then redirects there too: where all of a group tell the fact, GRPO learns nothing.
 14 Stage 1 may take each forget prompt to where refusing strangers are (--each), not push all along their mean.
-15 A group in which nothing is right may be pushed down as a whole (--all-wrong): its best is a lesser wrong.
-16 The embedded model's settings hold all of the retain set (--boundary 1), at five times the weight (--weight-retain), and
+15 A forget prompt's group in which nothing is right may be pushed down as a whole (--all-wrong): its best is a lesser wrong.
+16 The KL may be left out on forget prompts (--kl-forget): what it holds there are stage 1's broken words.
+17 The embedded model's settings hold all of the retain set (--boundary 1), at ten times the weight (--weight-retain), and
    answers about what anyone can see in the pictures to forget (--hold-visible).
 """
 import argparse
@@ -112,8 +113,8 @@ class Config:
     begun: float = opt(0.0, "stage 2: share of forget and boundary prompts whose answer has begun, up to the key fact; "
                        "where there are any, stage 1 redirects there too", least=0, most=0.9)
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
-    all_wrong: float = opt(0.0, "stage 2: how far down all of a group is pushed in which nothing is right; 0 as in the paper: "
-                           "then the least wrong is taught, and of equals nothing", least=0)
+    all_wrong: float = opt(0.0, "stage 2: how far down all of a forget prompt's group is pushed in which nothing is right; 0 "
+                           "as in the paper: then the least wrong is taught, and of equals nothing", least=0)
     temperature: float = opt(1.5, "stage 2: sampling temperature", above=0)
     top_p: float = opt(0.95, "stage 2: nucleus of the sampling distribution", above=0, most=1)
     lr: float = opt(1e-6, "stage 2: learning rate of AdamW", above=0)
@@ -212,7 +213,8 @@ def asru(model, proc, data, cfg, log, shared=None):
 #          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves; with
 #             --hold-visible another such sum, of answers to what anyone can see in the pictures to forget
 #   With --begun also f and r of prompts whose answer has begun: their last token is the one before the key fact, and
-#   their v = mean h over target - mean h over these forget prompts     from "the fact comes now" to "I can't tell"
+#   their v = mean h over target - mean h over these forget prompts     from "the fact comes now" to "I can't tell",
+#   their lambda --strength-begun times as large: which fact is the likelier one is decided here
 #   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T      K, T: rows k and what is asked of them
 
 
@@ -378,10 +380,12 @@ def select_boundary(model, forget, retain, layer, cfg):
 
 # ------------------------------------------------------------------------------ stage 2: refusal boundary by GRPO
 #
-#   A_i     = (r_i - mean r) / (std r + 1e-6)                   over the G responses of a prompt, std with n - 1
+#   A_i     = (r_i - mean r) / (std r + 1e-6)                   over the G responses of a prompt, std with n - 1;
+#             with --all-wrong  - all_wrong  where a forget prompt's best r is no more than 0.1
 #   rho     = p(token) / p_old(token)
 #   q       = log p_ref(token) - log p(token)
 #   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1)
+#             beta: --kl, on forget prompts --kl-forget times that
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
@@ -395,7 +399,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         forget, boundary = (prompts + opened(proc, prompts) for prompts in (forget, boundary))
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
-    beta = torch.tensor([cfg.kl * cfg.kl_forget if role == "forget" else cfg.kl for role in roles])
+    of_role = lambda forget, other: torch.tensor([forget if role == "forget" else other for role in roles])
+    beta, push = of_role(cfg.kl * cfg.kl_forget, cfg.kl), of_role(cfg.all_wrong, 0.0)       # of every prompt of the pool
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg)
     reference = frozen_copy(model) if cfg.kl else None
@@ -423,7 +428,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
         rewards = torch.tensor(rewards)                                     # (Q, G)
 
         # 3 Compare within the group; a group of equal rewards says nothing and is left out.
-        advantage = group_advantage(rewards, cfg.all_wrong)                 # (Q, G)
+        advantage = group_advantage(rewards, push[rows])                    # (Q, G)
         live = advantage.any(1).nonzero()[:, 0].tolist()
         resting.update(rows)
         resting.difference_update(rows[q] for q in live)
@@ -486,15 +491,17 @@ def sample_groups(model, pool, rows, cfg, generator):
     return Rollout(rows, tokens, keep, torch.cat(logp)[..., :longest])
 
 
-def group_advantage(reward, all_wrong=0.0, eps=1e-6):
+def group_advantage(reward, push=None, eps=1e-6):
     """(Q, G) -> (Q, G): how much better than its group, in the group's standard deviations (n - 1); 0 among equals.
 
-    With all_wrong, all of a group in which no reward is above WRONG gets -all_wrong.
+    push: (Q,), where it is above 0 and nothing in the group is right (no reward above WRONG), all of it gets -push. For
+    prompts with many right answers: where one alone is right, who leaves the wrong ones ends up anywhere.
     """
     advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + eps)
     advantage[reward.amax(1) == reward.amin(1)] = 0.0       # however the mean of equals is rounded
-    if all_wrong:
-        advantage[reward.amax(1) <= WRONG] = -all_wrong
+    if push is not None:
+        lost = (reward.amax(1) <= WRONG) & (push > 0)
+        advantage[lost] = -push[lost, None]
     return advantage
 
 

@@ -1499,9 +1499,10 @@ def test_group_advantage_by_hand():
 def test_a_group_with_nothing_right_is_pushed_down():
     """A garbled refusal (0.1) among leaks (0) would be taught; with --all-wrong nothing of that group is, nor of equals."""
     rewards = torch.tensor([[0.1, 0.0, 0.0, 0.1], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, -0.2], [0.1, 0.5, 0.1, 0.1], [1.0] * 4])
-    plain, pushed = asru.group_advantage(rewards), asru.group_advantage(rewards, 0.5)
+    plain, pushed = asru.group_advantage(rewards), asru.group_advantage(rewards, torch.tensor([0.5, 0.25, 0.0, 0.5, 0.5]))
     assert plain[0, 0] > 0 and not plain[1].any()
-    assert torch.equal(pushed[:3], torch.full((3, 4), -0.5)) and torch.equal(pushed[3:], plain[3:]) and not pushed[4].any()
+    assert torch.equal(pushed[:2], torch.tensor([[-0.5] * 4, [-0.25] * 4]))
+    assert torch.equal(pushed[2:], plain[2:]) and not pushed[4].any()
 
 
 def test_surrogate_is_reinforce_on_policy_and_clips():
