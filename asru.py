@@ -208,8 +208,8 @@ def asru(model, proc, data, cfg, log, shared=None):
 #   v    = mean h over target - mean h over forget                      from "I know" to "I can't tell"
 #          with --each v(f) = mean h over target - h(f): all of what tells one fact from another goes, not their mean alone
 #   dW   = argmin  mean_f |dW k_f - lambda v|^2 + w mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
-#          f, r, t  last token of a forget, a boundary, a target prompt;  w  --weight-retain: the farther f is to move, the
-#                   more it takes to hold r, whose keys are like f's
+#          f, r, t  last token of a forget, a boundary, a target prompt, r a sum for each kind (private, visible, general);
+#                   w  --weight-retain: the farther f is to move, the more it takes to hold r, whose keys are like f's
 #          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves; with
 #             --hold-visible another such sum, of answers to what anyone can see in the pictures to forget
 #   With --begun also f and r of prompts whose answer has begun: their last token is the one before the key fact, and
@@ -236,16 +236,16 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
         keys_f, resid_f = collect_activations(model, f, layer, cfg)         # (n_f, F), (n_f, D)
         direction, means = steering_vectors(f, resid_f, target, resid_t, cfg.each)
         moves.append((keys_f, direction))
-        held.append(collect_activations(model, r, layer, cfg)[0])           # (n_r, F)
+        held.append((r, collect_activations(model, r, layer, cfg)[0]))      # (n_r, F)
         edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, strength * direction) for (_, strength, *_), (keys, direction) in zip(places, moves)]
-    kept = [cfg.weight_retain**0.5 * keys for keys in held]                 # as they are to give 0, this weighs them
+    kept = [cfg.weight_retain**0.5 * part for r, keys in held for part in by_kind(r, keys)]     # to give 0: this weighs them
     update = solve_redirection(shifts, [*kept, keys_t, keys_a, keys_s], cfg.ridge)  # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
     moved = {}
-    for (place, *_), (keys_f, direction), keys_r in zip(places, moves, held):
+    for (place, *_), (keys_f, direction), (_, keys_r) in zip(places, moves, held):
         length = direction.norm(dim=1)                                      # (n_f,) |v|
         moved_f, moved_r = keys_f @ update.T, keys_r @ update.T             # (n_f, D), (n_r, D)
         moved |= {f"direction_norm{place}": length.mean().item(),
@@ -254,6 +254,12 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
     return {"dW": update, **edit}, {
         "layer": layer, "strength": cfg.strength, "forget": len(forget), "boundary": len(boundary),
         "target": len(target), **moved, "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
+
+
+def by_kind(prompts, rows):
+    """Rows (n, F) of prompts as one (n', F) per kind: private questions, the most, are not to outweigh what all may know."""
+    kinds = [s.get("kind") for s in prompts.samples]
+    return [rows[[i for i, k in enumerate(kinds) if k == kind]] for kind in dict.fromkeys(kinds)]
 
 
 def chosen_layer(model, cfg):

@@ -1427,6 +1427,23 @@ def test_redirect_reaches_the_place_of_the_fact(tiny):
     assert forget > 0.95 and forget_after < 0.6 and retain_after > retain - 0.05
 
 
+def test_each_kind_is_held_for_itself(tiny):
+    """Ten general questions among 300 private ones stay where they are better when their kind is a sum of its own."""
+    model, proc, data, prompts = tiny()
+    of_kind = lambda kind, n: [i for i, s in enumerate(data["retain"]) if s["kind"] == kind][:n]
+    retain = prompts["retain"].take(of_kind("private", 300) + of_kind("general", 10))
+    unnamed = replace(retain, samples=[{k: v for k, v in s.items() if k != "kind"} for s in retain.samples])
+    cfg = asru.Config(layer=3, strength=1.5, hold=0, begun=0.25, each=True)
+    start, moved = asru.down_proj_of(model, 3).detach().clone(), []
+    keys = asru.collect_activations(model, opened(proc, retain.take(range(300, 310))), 3, cfg)[0]
+    for boundary in (unnamed, retain):
+        edit, _ = asru.redirect(model, proc, prompts["forget"].take(range(0, 800, 8)), boundary, prompts["target"].take(range(40)), 3, cfg)
+        moved.append((keys @ edit["dW"].T).norm(dim=1).mean().item())
+        with torch.no_grad():
+            asru.down_proj_of(model, 3).copy_(start)
+    assert len(keys) == 10 and moved[1] < 0.7 * moved[0], moved
+
+
 def test_strength_where_an_answer_has_begun(tiny):
     """dW is linear in both lambdas: what three runs give predicts a fourth; at begun places it reaches farther, elsewhere hardly."""
     model, proc, data, prompts = tiny()
