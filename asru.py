@@ -24,7 +24,8 @@ Where this differs from the paper or from its released script
  7 Unseen people are among the prompts of stage 2: without them the model begins to tell about strangers.
  8 std of a group is the sample's (n - 1); the loss is the mean over response tokens; groups of equal
    rewards are skipped whole, their KL term too.
- 9 The boundary set is the nearest neighbours of every forget prompt in turn, within each kind of sample.
+ 9 The boundary set is the nearest neighbours of every forget prompt in turn, within each kind of sample; stage 1 holds each
+   kind for itself, with --method asru-paper too.
 10 Stage 2 trains the decoder's projections alone: embeddings, head and norms serve every prompt.
 11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
 12 What is kept may be a running mean of the weights (--average), not the last step's.

@@ -1445,7 +1445,7 @@ def test_each_kind_is_held_for_itself(tiny):
 
 
 def test_strength_where_an_answer_has_begun(tiny):
-    """dW is linear in both lambdas: what three runs give predicts a fourth; at begun places it reaches farther, elsewhere hardly."""
+    """dW is linear in the lambda of begun places; a larger one reaches farther there, and elsewhere hardly changes anything."""
     model, proc, data, prompts = tiny()
     few = [prompts[name].take(range(0, len(prompts[name]), len(prompts[name]) // 90)) for name in ("forget", "retain", "target")]
     start, edit, moved = asru.down_proj_of(model, 3).detach().clone(), {}, {}
