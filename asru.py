@@ -52,7 +52,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, partialmethod
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +96,8 @@ class Config:
     strength_begun: float = opt(1.0, "stage 1: how much farther where an answer has begun (--begun), as a multiple", least=0)
     each: bool = opt(False, "stage 1: every forget prompt has a v of its own, from where it is, not their mean")
     hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
-    weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move; 1 as in the paper",
-                               above=0)
+    weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move, and of what is held of "
+                               "their answers; 1 as in the paper", above=0)
     hold_visible: bool = opt(False, "stage 1 and 2: what anyone can see in the pictures to forget is held and rewarded too: "
                              "visible questions of the retain set, asked of them, in the model's own words")
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
@@ -228,8 +228,7 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
     "v_begun_words".
     """
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
-    keys_a = collect_answer_keys(model, proc, boundary + target, layer, cfg)        # (n_a, F)
-    keys_s = collect_answer_keys(model, proc, seen, layer, cfg)             # (n_s, F)
+    inside = [collect_answer_keys(model, proc, part, layer, cfg) for part in (*by_kind(boundary), target, seen)]   # (n_a, F)
     places, edit, moves, held = [("", cfg.strength, forget, boundary)], {}, [], []
     if cfg.begun and len(begun := opened(proc, forget)):
         places.append(("_begun", cfg.strength * cfg.strength_begun, begun, opened(proc, boundary)))
@@ -237,16 +236,16 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
         keys_f, resid_f = collect_activations(model, f, layer, cfg)         # (n_f, F), (n_f, D)
         direction, means = steering_vectors(f, resid_f, target, resid_t, cfg.each)
         moves.append((keys_f, direction))
-        held.append((r, collect_activations(model, r, layer, cfg)[0]))      # (n_r, F)
+        held.append([collect_activations(model, part, layer, cfg)[0] for part in by_kind(r)])     # (n_r, F)
         edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, strength * direction) for (_, strength, *_), (keys, direction) in zip(places, moves)]
-    kept = [cfg.weight_retain**0.5 * part for r, keys in held for part in by_kind(r, keys)]     # to give 0: this weighs them
-    update = solve_redirection(shifts, [*kept, keys_t, keys_a, keys_s], cfg.ridge)  # (D, F)
+    kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, inside[:-2])]     # to give 0: this weighs them
+    update = solve_redirection(shifts, [*kept, keys_t, *inside[-2:]], cfg.ridge)    # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
     moved = {}
-    for (place, *_), (keys_f, direction), (_, keys_r) in zip(places, moves, held):
+    for (place, *_), (keys_f, direction), keys_r in zip(places, moves, map(torch.cat, held)):
         length = direction.norm(dim=1)                                      # (n_f,) |v|
         moved_f, moved_r = keys_f @ update.T, keys_r @ update.T             # (n_f, D), (n_r, D)
         moved |= {f"direction_norm{place}": length.mean().item(),
@@ -257,10 +256,10 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
         "target": len(target), **moved, "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
 
 
-def by_kind(prompts, rows):
-    """Rows (n, F) of prompts as one (n', F) per kind: private questions, the most, are not to outweigh what all may know."""
+def by_kind(prompts):
+    """One Prompts per kind of sample: private questions, the most, are not to outweigh what all may know."""
     kinds = [s.get("kind") for s in prompts.samples]
-    return [rows[[i for i, k in enumerate(kinds) if k == kind]] for kind in dict.fromkeys(kinds)]
+    return [prompts.take([i for i, k in enumerate(kinds) if k == kind]) for kind in dict.fromkeys(kinds or [None])]
 
 
 def chosen_layer(model, cfg):

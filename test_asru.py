@@ -1382,19 +1382,20 @@ def test_each_prompt_arrives_where_strangers_are(tiny):
 
 
 def test_weighty_boundary_prompts_move_less(tiny):
-    """`weight_retain`: what stands in the equation as four times the boundary prompts is four copies of their group."""
+    """`weight_retain`: what stands in the equation as four times the boundary prompts and their answers is four copies of each."""
     model, proc, data, prompts = tiny()
     parts, moved = [prompts[name].take(range(0, 240, 5)) for name in ("forget", "retain", "target")], {}
     where = lambda: asru.collect_activations(model, parts[1], 3, asru.Config())[1]
     start, before = model.state_dict()["model.language_model.layers.3.mlp.down_proj.weight"].clone(), where()
     (kf, hf), (kr, _), (kt, ht) = (asru.collect_activations(model, part, 3, asru.Config()) for part in parts)
     v, _ = asru.steering_vectors(parts[0], hf, parts[2], ht, False)
+    ar, at = (asru.collect_answer_keys(model, proc, part, 3, asru.Config(hold=2)) for part in parts[1:])
     for weight in (1.0, 4.0):
-        edit, report = asru.redirect(model, proc, *parts, 3, asru.Config(layer=3, strength=1.0, weight_retain=weight, hold=0))
+        edit, report = asru.redirect(model, proc, *parts, 3, asru.Config(layer=3, strength=1.0, weight_retain=weight, hold=2))
         moved[weight] = (where() - before).norm(dim=1).mean().item(), report["retain_moved"]
         with torch.no_grad():
             asru.down_proj_of(model, 3).copy_(start)
-    K = torch.cat([k / len(k)**0.5 for k in (kf, *[kr] * 4, kt)])
+    K = torch.cat([k / len(k)**0.5 for k in (kf, *[kr, ar] * 4, kt, at)])
     rhs = kf.T @ v / len(kf)
     by_hand = torch.linalg.solve(K.T @ K + 1e-4 * K.square().sum() * torch.eye(K.shape[1]).double(), rhs).T
     assert (edit["dW"] - by_hand).norm() < 1e-6 * by_hand.norm()
