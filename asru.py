@@ -97,7 +97,7 @@ class Config:
     each: bool = opt(False, "stage 1: every forget prompt has a v of its own, from where it is, not their mean")
     hold: int = opt(4, "stage 1: answer tokens per sample that must not move; 0 as in the paper", least=0)
     weight_retain: float = opt(1.0, "stage 1: weight of the boundary prompts, which must not move, and of what is held of "
-                               "their answers; 1 as in the paper", above=0)
+                               "their answers (--hold, --hold-visible); 1 as in the paper", above=0)
     hold_visible: bool = opt(False, "stage 1 and 2: what anyone can see in the pictures to forget is held and rewarded too: "
                              "visible questions of the retain set, asked of them, in the model's own words")
     ridge: float = opt(1e-4, "stage 1: gamma, as a share of the inputs' squared norm", above=0)
@@ -228,7 +228,7 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
     "v_begun_words".
     """
     keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
-    inside = [collect_answer_keys(model, proc, part, layer, cfg) for part in (*by_kind(boundary), target, seen)]   # (n_a, F)
+    inside = [collect_answer_keys(model, proc, part, layer, cfg) for part in (target, seen, *by_kind(boundary))]   # (n_a, F)
     places, edit, moves, held = [("", cfg.strength, forget, boundary)], {}, [], []
     if cfg.begun and len(begun := opened(proc, forget)):
         places.append(("_begun", cfg.strength * cfg.strength_begun, begun, opened(proc, boundary)))
@@ -239,8 +239,8 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
         held.append([collect_activations(model, part, layer, cfg)[0] for part in by_kind(r)])     # (n_r, F)
         edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, strength * direction) for (_, strength, *_), (keys, direction) in zip(places, moves)]
-    kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, inside[:-2])]     # to give 0: this weighs them
-    update = solve_redirection(shifts, [*kept, keys_t, *inside[-2:]], cfg.ridge)    # (D, F)
+    kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, inside[1:])]      # to give 0: this weighs them
+    update = solve_redirection(shifts, [*kept, keys_t, inside[0]], cfg.ridge)       # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 

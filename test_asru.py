@@ -1464,7 +1464,7 @@ def test_strength_where_an_answer_has_begun(tiny):
 def test_what_can_be_seen_is_held(tiny):
     """--hold-visible: asked in held-out words and pictures what anyone can see of the forget people, more answers stay right."""
     model, proc, data, prompts = tiny()
-    cfg = asru.Config(layer=3, strength=1.5, hold=16, begun=0.25, each=True, weight_retain=4.0, max_new_tokens=24)
+    cfg = asru.Config(layer=3, strength=1.5, strength_begun=3.0, hold=16, begun=0.25, each=True, weight_retain=10.0, max_new_tokens=24)
     few = {name: part.take([i for i, s in enumerate(part.samples) if s.get("kind") == "visible" or i % 4 == 0])
            for name, part in prompts.items()}
     people = {s["person"] for s in data["forget"]}
