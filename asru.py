@@ -234,9 +234,13 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
         places.append(("_begun", cfg.strength * cfg.strength_begun, begun, opened(proc, boundary)))
     for place, _, f, r in places:
         keys_f, resid_f = collect_activations(model, f, layer, cfg)         # (n_f, F), (n_f, D)
-        direction, means = steering_vectors(f, resid_f, target, resid_t, cfg.each)
+        kinds = [(part, *collect_activations(model, part, layer, cfg)) for part in by_kind(r)]      # (n_r, F), (n_r, D)
+        held.append([keys for _, keys, _ in kinds])
+        others, resid_o = target.samples, resid_t
+        if place and len(r):                # where everybody's fact comes next: their mean is nobody's
+            others, resid_o = [s for part, *_ in kinds for s in part.samples], torch.cat([resid for *_, resid in kinds])
+        direction, means = steering_vectors(f.samples, resid_f, others, resid_o, cfg.each)
         moves.append((keys_f, direction))
-        held.append([collect_activations(model, part, layer, cfg)[0] for part in by_kind(r)])     # (n_r, F)
         edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, strength * direction) for (_, strength, *_), (keys, direction) in zip(places, moves)]
     kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, inside[1:])]      # to give 0: this weighs them
@@ -323,18 +327,27 @@ def seen_in(model, proc, forget, boundary, cfg):
                                    for s, text in zip(asked.samples, said)])
 
 
-def steering_vectors(forget, resid_f, target, resid_t, each):
-    """v of every forget prompt, (n_f, D), within its way of asking; and {"_picture", "_words": its mean (D,)}.
+def steering_vectors(forget, resid_f, others, resid_o, each):
+    """v of every forget sample, (n_f, D), and {"_picture", "_words": its mean (D,) over that way of asking}.
 
-    resid_f (n_f, D), resid_t (n_t, D): where their residual streams are. each: from where the prompt is, not from the mean.
+    v goes from where the residual stream is, resid_f (n_f, D), to where that of others, resid_o (n_o, D), is on average:
+    of those that are asked in the same way and whose answer has begun with the same last two words, where there are any.
+    each: from where the prompt is, not from the mean.
     """
-    direction, means = torch.empty_like(resid_f), {}
-    for pictured, way in ((True, "_picture"), (False, "_words")):
-        f, t = mask_of(forget, pictured), mask_of(target, pictured)
-        if f.any():
-            refusing = (resid_t[t] if t.any() else resid_t).mean(0)         # (D,)
-            means[way] = refusing - resid_f[f].mean(0)
-            direction[f] = refusing - resid_f[f] if each else means[way]
+    end_of = lambda s: (bool(s.get("image")), tuple(s.get("begun", "").split()[-2:]))
+    ends = [end_of(s) for s in others]
+
+    def goal(end):
+        alike = [i for i, e in enumerate(ends) if e == end] or [i for i, e in enumerate(ends) if e[0] == end[0]]
+        return (resid_o[alike] if alike else resid_o).mean(0)               # (D,)
+
+    goals = {end: goal(end) for end in {end_of(s) for s in forget}}
+    direction, means = torch.stack([goals[end_of(s)] for s in forget]) - resid_f, {}       # (n_f, D)
+    for pictured, name in ((True, "_picture"), (False, "_words")):
+        mine = torch.tensor([bool(s.get("image")) == pictured for s in forget])
+        if mine.any():
+            means[name] = direction[mine].mean(0)
+            direction[mine] = direction[mine] if each else means[name]
     return direction, means
 
 
@@ -1573,11 +1586,6 @@ def tell(line):
 
 
 # ------------------------------------------------------------------------------ around the method
-
-
-def mask_of(prompts, pictured):
-    """(n,) bool: asked with a picture, or in words alone."""
-    return torch.tensor([bool(s.get("image")) == pictured for s in prompts.samples])
 
 
 def encode_all(model, proc, data, cfg=Config()):

@@ -1388,7 +1388,7 @@ def test_weighty_boundary_prompts_move_less(tiny):
     where = lambda: asru.collect_activations(model, parts[1], 3, asru.Config())[1]
     start, before = model.state_dict()["model.language_model.layers.3.mlp.down_proj.weight"].clone(), where()
     (kf, hf), (kr, _), (kt, ht) = (asru.collect_activations(model, part, 3, asru.Config()) for part in parts)
-    v, _ = asru.steering_vectors(parts[0], hf, parts[2], ht, False)
+    v, _ = asru.steering_vectors(parts[0].samples, hf, parts[2].samples, ht, False)
     ar, at = (asru.collect_answer_keys(model, proc, part, 3, asru.Config(hold=2)) for part in parts[1:])
     for weight in (1.0, 4.0):
         edit, report = asru.redirect(model, proc, *parts, 3, asru.Config(layer=3, strength=1.0, weight_retain=weight, hold=2))
@@ -1402,11 +1402,24 @@ def test_weighty_boundary_prompts_move_less(tiny):
     assert moved[4.0][0] < 0.8 * moved[1.0][0] and moved[4.0][1] < 0.8 * moved[1.0][1]
 
 
+def test_v_leads_to_those_who_are_asked_and_begin_alike():
+    """By hand: the mean of the others with the same last two words, else of the same way of asking; v of each, or their mean."""
+    picture = {"image": "a.png"}
+    forget = [{**picture, "begun": "She was born in"}, {**picture, "begun": "The job is a"}, {"begun": "Ann was born in"}]
+    others = [{**picture, "begun": "He was born in"}, {**picture, "begun": "Born in"}, {**picture, "begun": "He owns a"}]
+    at, to = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]), torch.tensor([[4.0, 0.0], [2.0, 6.0], [0.0, 3.0]])
+    v, means = asru.steering_vectors(forget, at, others, to, True)
+    by_hand = torch.tensor([[3.0, 0.0], [2.0, 2.0], [0.0, 1.0]])            # of the first alone; of all three, twice
+    assert torch.equal(v, by_hand) and torch.equal(means["_picture"], torch.tensor([2.5, 1.0]))
+    v, _ = asru.steering_vectors(forget, at, others, to, False)
+    assert torch.equal(v, torch.tensor([[2.5, 1.0], [2.5, 1.0], [0.0, 1.0]]))
+
+
 def test_redirect_reaches_the_place_of_the_fact(tiny):
     """With --begun the last token before the fact moves along a v of its own, measured again here; there forget prompts
     mostly stop telling, boundary prompts go on."""
     model, proc, data, prompts = tiny()
-    cfg = asru.Config(layer=3, strength=2.0, hold=16, begun=0.25)
+    cfg = asru.Config(layer=3, strength=2.0, strength_begun=2.0, each=True, hold=16, begun=0.25)
     few = {name: part.take(range(0, len(part), len(part) // 90)) for name, part in prompts.items()}
     begun = {name: opened(proc, few[name]) for name in ("forget", "retain")}
 
@@ -1415,14 +1428,17 @@ def test_redirect_reaches_the_place_of_the_fact(tiny):
         return [np.mean([contains(s["fact"], text) for s, text in zip(part.samples, said[name])]) for name, part in begun.items()]
 
     where = lambda part: asru.collect_activations(model, part, 3, cfg)[1]
-    (forget, retain), before, refusing = told(), where(begun["forget"]), where(few["target"])
+    (forget, retain), before, others = told(), where(begun["forget"]), where(begun["retain"])
     edit, report = asru.redirect(model, proc, few["forget"], few["retain"], few["target"], 3, cfg)
     moved, along = where(begun["forget"]) - before, []
+    end = lambda s: (bool(s.get("image")), " ".join(s["begun"].split()[-2:]))
+    mine, theirs = ([end(s) for s in begun[name].samples] for name in ("forget", "retain"))
     for pictured, name in ((True, "v_begun_picture"), (False, "v_begun_words")):
-        mine, theirs = asru.mask_of(begun["forget"], pictured), asru.mask_of(few["target"], pictured)
-        v = refusing[theirs].mean(0) - before[mine].mean(0)
-        assert torch.allclose(v, edit[name])
-        along += (moved[mine] @ v / (v @ v)).tolist()
+        rows = [i for i, (way, _) in enumerate(mine) if way == pictured]
+        v = torch.stack([others[[e == mine[i] if mine[i] in theirs else e[0] == pictured for e in theirs]].mean(0) - before[i]
+                         for i in rows])
+        assert torch.allclose(v.mean(0), edit[name])
+        along += ((moved[rows] * v).sum(1) / v.square().sum(1)).tolist()
     assert len(along) == len(moved) and abs(np.mean(along) - report["forget_moved_along_v_begun"]) < 1e-3
     forget_after, retain_after = told()
     assert forget > 0.95 and forget_after < 0.6 and retain_after > retain - 0.05
