@@ -30,11 +30,11 @@ Where this differs from the paper or from its released script
 11 Prompts whose last group was silent rest: they are drawn less, so that steps go where there is something to learn.
 12 What is kept may be a running mean of the weights (--average), not the last step's.
 13 Some rollouts may go on with an answer that has begun (--begun): who refuses to begin still knows how to end. Stage 1
-   then redirects there too: where all of a group tell the fact, GRPO learns nothing.
+   then redirects there too, to where everybody's mean is: where all of a group tell the fact, GRPO learns nothing.
 14 Stage 1 may take each forget prompt to where refusing strangers are (--each), not push all along their mean.
 15 A forget prompt's group in which nothing is right may be pushed down as a whole (--all-wrong): its best is a lesser wrong.
-16 The KL may be left out on forget prompts (--kl-forget): what it holds there are stage 1's broken words.
-17 The embedded model's settings hold all of the retain set (--boundary 1), at ten times the weight (--weight-retain), and
+16 The KL may count less on forget prompts (--kl-forget): what it holds there are stage 1's broken words.
+17 The embedded model's settings hold all of the retain set (--boundary 1), at five times the weight (--weight-retain), and
    answers about what anyone can see in the pictures to forget (--hold-visible).
 """
 import argparse
@@ -208,14 +208,14 @@ def asru(model, proc, data, cfg, log, shared=None):
 #   h(x)   residual stream after layer L at the last prompt token;  k  inputs of layer L's down_proj
 #   v    = mean h over target - mean h over forget                      from "I know" to "I can't tell"
 #          with --each v(f) = mean h over target - h(f): all of what tells one fact from another goes, not their mean alone
-#   dW   = argmin  mean_f |dW k_f - lambda v|^2 + w mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + mean_a |dW k_a|^2 + gamma |dW|^2
+#   dW   = argmin  mean_f |dW k_f - lambda v|^2 + w mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + gamma |dW|^2
 #          f, r, t  last token of a forget, a boundary, a target prompt, r a sum for each kind (private, visible, general);
 #                   w  --weight-retain: the farther f is to move, the more it takes to hold r, whose keys are like f's
-#          a  tokens inside the answers to boundary and target prompts: once an answer has begun, nothing moves; with
-#             --hold-visible another such sum, of answers to what anyone can see in the pictures to forget
+#          r, t  also tokens inside their answers, sums of their own: once an answer has begun, nothing moves; with
+#             --hold-visible one more r, of answers to what anyone can see in the pictures to forget
 #   With --begun also f and r of prompts whose answer has begun: their last token is the one before the key fact, and
-#   their v = mean h over target - mean h over these forget prompts     from "the fact comes now" to "I can't tell",
-#   their lambda --strength-begun times as large: which fact is the likelier one is decided here
+#   their v = mean h over those of boundary whose answers begin alike - mean h over these of forget     from this person's
+#   fact to nobody's, their lambda --strength-begun times as large: which fact is the likelier one is decided here
 #   dW^T = (K^T K + gamma I)^-1 K^T T = K^T (K K^T + gamma I)^-1 T      K, T: rows k and what is asked of them
 
 
