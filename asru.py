@@ -331,8 +331,8 @@ def steering_vectors(forget, resid_f, others, resid_o, each):
     """v of every forget sample, (n_f, D), and {"_picture", "_words": its mean (D,) over that way of asking}.
 
     v goes from where the residual stream is, resid_f (n_f, D), to where that of others, resid_o (n_o, D), is on average:
-    of those that are asked in the same way and whose answer has begun with the same last two words, where there are any.
-    each: from where the prompt is, not from the mean.
+    of those that are asked in the same way and whose answer, if it has begun, ends in the same two words; where there are
+    none, of those asked in the same way, or of all. each: from where the prompt is, not from the mean.
     """
     end_of = lambda s: (bool(s.get("image")), tuple(s.get("begun", "").split()[-2:]))
     ends = [end_of(s) for s in others]
