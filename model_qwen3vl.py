@@ -33,6 +33,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+try:
+    import triton
+    import triton.language as tl        # comes with torch where that is built for CUDA
+except ImportError:
+    triton = None
+
 # ------------------------------------------------------------------------------ configuration
 
 
@@ -292,7 +298,7 @@ def any_kernel():
 class Qwen3VL(nn.Module):
     """Qwen3-VL with random weights; `from_pretrained` reads a checkpoint."""
 
-    captured = True         # on CUDA, decode by a captured graph (CapturedStep); False: the plain way, the same tokens
+    captured = triton is not None       # on CUDA, decode by a captured graph (CapturedStep); False: the plain way, the same tokens
 
     def __init__(self, cfg):
         super().__init__()
@@ -368,7 +374,7 @@ class Qwen3VL(nn.Module):
         """As `logits`, with -inf for vision tokens."""
         ban = hidden.new_zeros(self.cfg.text.vocab_size)                    # a bias: the product adds it at no cost
         for token in self.cfg.never_sampled:
-            ban[token] = -torch.inf
+            ban[token].fill_(-torch.inf)                                    # ban[token] = -inf would be sent, and waited for
         return F.linear(hidden, self.lm_head.weight, ban)
 
     def continuations(self, batch, tokens, keep):
@@ -413,7 +419,8 @@ class Qwen3VL(nn.Module):
         Vision tokens are out. top_p keeps the smallest set of tokens whose probability reaches it, and `include` (n,)
         besides; `support` (n, V) bool takes that set from another policy instead. Outside the set: -inf.
         """
-        logits = self.allowed_logits(hidden).float() / temperature      # fp32: bf16 loses digits of the softmax
+        # By a float32 tensor, which makes bfloat16 logits float32 on the way: they lose digits of the softmax.
+        logits = self.allowed_logits(hidden) / torch.full((1,), temperature, device=hidden.device)
         if support is None and top_p < 1.0:
             with torch.no_grad():
                 p = logits.softmax(-1)
@@ -499,8 +506,10 @@ class Qwen3VL(nn.Module):
         if temperature == 0.0:
             return self.allowed_logits(hidden).argmax(-1, keepdim=True), None
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
+        if hidden.is_cuda and self.captured and top_p == 1.0:
+            return drawn_from(self.allowed_logits(hidden), temperature, point)
         logp = self.distribution(hidden, temperature, top_p)                                            # (N, V)
-        drawn = pick(logp.exp(), point)
+        drawn, _ = pick(*blocks_of(logp.exp()), point)
         return drawn, logp.gather(1, drawn)
 
     @classmethod
@@ -737,20 +746,25 @@ def nucleus_threshold(p, top_p, k=64):
     return top.gather(1, (before < top_p).sum(-1, keepdim=True) - 1)
 
 
-def pick(p, point):
-    """Where numbers in [0, 1) fall among the sums of p, which need not add up to 1: (N, V), (N, G) float64 -> (N, G).
+def pick(sums, within, point):
+    """Where numbers in [0, 1) fall among the sums of p, which need not add up to 1: (N, G) and their whole, (N, 1) float64.
 
     First among the sums of blocks, then within one: the running sum of a whole vocabulary takes longer than a layer.
+    sums: (N, V / b); within: blocks (N, G) -> their p, (N, G, b); point: (N, G) float64.
     """
-    blocks = p.view(len(p), -1, math.gcd(p.shape[1], 128))                  # (N, V / b, b)
-    mass = running_sum(blocks.sum(-1, dtype=torch.float64))                 # (N, V / b)
+    mass = running_sum(sums, dtype=torch.float64)                           # (N, V / b)
     aim = point * mass[:, -1:]                                              # (N, G)
     block = torch.searchsorted(mass, aim, right=True)                       # never one of p 0: there the sum is flat
-    inner = blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[2]))                          # (N, G, b)
-    inner = running_sum(inner, dtype=torch.float64)
+    inner = running_sum(within(block), dtype=torch.float64)                 # (N, G, b)
     before = mass.gather(1, block) - inner[..., -1]
     rest = torch.minimum(aim - before, inner[..., -1].nextafter(torch.zeros_like(aim))).clamp_min(0)    # both are rounded
-    return block * blocks.shape[2] + torch.searchsorted(inner, rest[..., None], right=True)[..., 0]
+    return block * inner.shape[2] + torch.searchsorted(inner, rest[..., None], right=True)[..., 0], mass[:, -1:]
+
+
+def blocks_of(p):
+    """(N, V) -> what `pick` wants of it."""
+    blocks = p.view(len(p), -1, math.gcd(p.shape[1], 128))                  # (N, V / b, b)
+    return blocks.sum(-1), lambda block: blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[2]))
 
 
 def running_sum(x, **kind):
@@ -767,20 +781,13 @@ def visible(segments, cache, repeat, dtype):
     T = segments.shape[1]
     past = 0
     seen = segments
-    if cache is not None and cache.slots is not None:       # a captured step: an unwritten slot is of no segment
-        seen = cache.segments.index_copy_(1, cache.slots, segments)         # (B, S)
-        return additive((seen[:, None] & segments[..., None]) != 0, repeat, dtype)
     if cache is not None:
         past = cache.end
         cache.segments[:, past:past + T] = segments
         seen = cache.segments[:, :past + T]                                 # (B, S)
     mine = (seen[:, None, :] & segments[:, :, None]) != 0                   # (B, T, S)
     slot = torch.arange(past + T, device=segments.device)
-    return additive(mine & (slot[None, :] <= slot[past:, None]), repeat, dtype)
-
-
-def additive(sees, repeat, dtype):
-    """(B, T, S) bool -> (B, 1, repeat * T, S): 0 or -inf. Every token sees itself, so that no row is -inf throughout."""
+    sees = mine & (slot[None, :] <= slot[past:, None])
     mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -torch.inf)
     return mask[:, None].repeat(1, 1, repeat, 1)
 
@@ -976,7 +983,6 @@ class Cache:
         self.kind = {"dtype": dtype, "device": device}
         self.k, self.v, self.segments = self._room(rows, 0)
         self.end = 0                                             # slots in use; the forward moves it on
-        self.slots = None       # (T,) where the next tokens go, once it is read whole
 
     def _room(self, rows, slots):
         slots += -slots % 8                                      # CUDA's attention wants its masks aligned
@@ -986,7 +992,7 @@ class Cache:
 
     def make_room(self, more):
         """So many more tokens will fit. It grows little by little: most groups end long before the longest answer."""
-        if self.slots is None and self.end + more > self.segments.shape[1]:
+        if self.end + more > self.segments.shape[1]:
             self._move(slice(None), max(more, ROOM))
 
     def keep(self, rows):
@@ -1004,19 +1010,8 @@ class Cache:
         """k, v: (B, T, K, d) of new tokens -> those of all slots up to them, (B, S, K, d)."""
         stop = self.end + k.shape[1]
         for buffer, new in ((self.k, k), (self.v, v)):
-            if self.slots is None:
-                buffer[layer, :, :, self.end:stop] = new.transpose(1, 2)
-            else:
-                buffer[layer].index_copy_(2, self.slots, new.transpose(1, 2))
-        return (buffer[layer, :, :, :stop if self.slots is None else None].transpose(1, 2) for buffer in (self.k, self.v))
-
-    def read_whole(self, width, steps):
-        """From now on all slots are read and `width` tokens written at `slots`, so many times, for a captured step."""
-        self.slots = None
-        self.make_room(width * steps)
-        self.slots = torch.arange(self.end, self.end + width, device=self.k.device)
-        for buffer in (self.k, self.v):
-            buffer[:, :, :, self.end:] = 0                  # times 0 it must be 0, whatever was there
+            buffer[layer, :, :, self.end:stop] = new.transpose(1, 2)
+        return (buffer[layer, :, :, :stop].transpose(1, 2) for buffer in (self.k, self.v))
 
 
 ROOM = 48       # slots that a cache grows by
@@ -1025,37 +1020,232 @@ ROOM = 48       # slots that a cache grows by
 class CapturedStep:
     """One decoding step as a CUDA graph: a replay launches the whole network at once.
 
-    What it reads and writes stays in place: the batch is copied in, the cache is read whole and written at `slots`.
-    Shapes are fixed, so when rows leave, another is captured.
+    What it reads stays in place: the batch is copied in, and the cache goes on at `end`. Shapes are fixed, so when rows
+    leave, another is captured. Between its matrix products, which take three quarters of the time, a layer has six launches
+    of the kernels below, where the plain way has some twenty.
     """
 
     def __init__(self, model, cache, batch, steps):
-        self.cache, self.batch, end = cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ}), cache.end
-        cache.read_whole(batch.segments.shape[1], steps)
-        first = CapturedStep.side is None
+        self.text, self.cache, self.batch = model.text, cache, replace(batch, **{name: getattr(batch, name).clone() for name in self.READ})
+        B, W = batch.segments.shape
+        cache.make_room(W * steps)
+        for buffer in (cache.k, cache.v):
+            buffer[:, :, :, cache.end:] = 0             # times 0 it must be 0, whatever was there
+        own = torch.arange(B * W, device=model.device)
+        packing = batch.packing or Packing(own.view(B, W), own[None])
+        self.spread, self.place = packing.spread.contiguous(), packing.pack[0]                          # (B, W), (N,)
+        self.end = torch.full((), cache.end, dtype=torch.int, device=model.device)
+        self.qkv = [joined(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in self.text.layers]
+        gates = [(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self.text.layers]
+        size = 2 * len(gates) * model.cfg.text.intermediate_size * model.cfg.text.hidden_size * cache.k.element_size()
+        self.gate_up = [joined(*pair, copy=size < room(model.device) / 16) for pair in gates]
         side = CapturedStep.side = CapturedStep.side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()
+        kind = self.text.cfg, W, power_of_2(self.parts()), cache.k.dtype                # what the kernels below are made for
         with torch.cuda.stream(side):
-            if first:
-                model(self.batch, cache=cache)          # what is set up at a first call must not be captured
+            if kind not in CapturedStep.known:          # what is made and set up at a first call must not be captured
+                self.compute()
+                CapturedStep.known.add(kind)
             self.graph.capture_begin()                  # not torch.cuda.graph: it empties the allocator's cache
-            self.hidden = model(self.batch, cache=cache)                    # (B, G, D)
+            self.hidden = self.compute()                                    # (1, N, D)
             self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        cache.end = end
 
-    READ = ("input_ids", "position_ids", "segments")
+    READ = ("input_ids", "position_ids")
     side = None         # the stream that all are captured on
+    known = set()
 
     def __call__(self, batch):
         for name in self.READ:
             getattr(self.batch, name).copy_(getattr(batch, name))
-        width = batch.segments.shape[1]
-        self.cache.slots.copy_(torch.arange(self.cache.end, self.cache.end + width, device=self.hidden.device))
+        end, self.cache.end = self.cache.end, self.cache.end + batch.segments.shape[1]
+        self.cache.segments[:, end:self.cache.end] = batch.segments
+        self.end.fill_(end)
         self.graph.replay()
-        self.cache.end += width
         return self.hidden
+
+    def parts(self):
+        return -(-self.cache.segments.shape[1] // PART)
+
+    def compute(self):
+        """What TextModel does, of tokens alone: (1, N, D)."""
+        cfg, cache, (B, W), S = self.text.cfg, self.cache, self.spread.shape, self.cache.segments.shape[1]
+        H, K, d, F, eps = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.intermediate_size, cfg.rms_norm_eps
+        width, rows, parts = (max(16, power_of_2(n)) for n in (d, W * H // K, self.parts()))            # 16: tl.dot's least
+        x = self.text.embed_tokens(self.batch.input_ids).flatten(0, 1)                                  # (N, D)
+        N, D = x.shape
+        cos, sin = mrope_cos_sin(self.batch.position_ids, cfg, x.dtype)                                 # (1, N, 1, d)
+        q, seen, inner = x.new_empty(N, H, d), x.new_empty(N, H * d), x.new_empty(N, F)
+        total, most, mass = (x.new_empty(self.parts(), N, H, *last, dtype=torch.float) for last in ((d,), (), ()))
+
+        def add_norm(more, norm):
+            out = torch.empty_like(x)
+            add_norm_kernel[(N,)](x, more, norm.weight, out, eps, D, power_of_2(D), num_warps=8)
+            return out
+
+        read = self.text.layers[0].input_layernorm(x)
+        for i, (layer, qkv, gate_up) in enumerate(zip(self.text.layers, self.qkv, self.gate_up)):
+            attention, mlp, k, v = layer.self_attn, layer.mlp, cache.k[i], cache.v[i]
+            turn_kernel[(N, -(-(H + 2 * K) // 8))](qkv(read), cos, sin, attention.q_norm.weight, attention.k_norm.weight, q, k, v,
+                                                   self.place, self.end, W, S, eps, H, K, d, width, num_warps=4)
+            attend_kernel[(B, K, self.parts())](q, k, v, cache.segments, self.spread, self.end, total, most, mass, N, W, S, d**-0.5,
+                                                H // K, K, d, width, rows, PADDING, PART, num_warps=4)
+            gather_kernel[(N * H,)](total, most, mass, self.end, seen, N, W, H, d, width, parts, PART, num_warps=1)
+            read = add_norm(attention.o_proj(seen), layer.post_attention_layernorm)
+            silu_kernel[(N, -(-F // 1024))](gate_up(read), inner, F, 1024)
+            following = self.text.layers[i + 1].input_layernorm if i + 1 < len(self.text.layers) else self.text.norm
+            read = add_norm(mlp.down_proj(inner), following)
+        return read[None]
+
+
+PART = 128      # slots that a program of attention reads
+
+
+def room(device):
+    """Bytes of memory that a GPU has, used or not: what is done must not hang on what else runs there."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def joined(*layers, copy=True):
+    """Linear layers that read the same as one function: (N, D) -> (N, all their widths).
+
+    One product of a copy of their weights is quicker than two. Adapters stay apart, and what must not be copied.
+    """
+    if not copy or not all(type(layer) is nn.Linear for layer in layers):
+        return lambda x: torch.cat([layer(x) for layer in layers], -1)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return lambda x: F.linear(x, weight, bias)
+
+
+def power_of_2(n):
+    """The next one that is no less: what a kernel's blocks want to be."""
+    return 1 << (n - 1).bit_length()
+
+
+def kernel(function):
+    """Made when first called, for each value of its tl.constexpr arguments; how many tokens and slots there are is none."""
+    return triton.jit(function, do_not_specialize=["N", "W", "S"]) if triton else function
+
+
+def drawn_from(logits, temperature, point):
+    """What `distribution` and `pick` give without a nucleus, (N, G) tokens and log-probabilities, from logits that are read
+    once: the (N, V) of float32 that a softmax passes over five times are not made."""
+    (N, V), b = logits.shape, math.gcd(logits.shape[1], 128)
+    n = V // b
+    sums, most = (torch.empty(N, width, device=logits.device) for width in (n, -(-n // 32)))
+    weigh_kernel[(N, most.shape[1])](logits, temperature, sums, most, n, b)
+    highest = most.amax(1, keepdim=True)                                    # (N, 1)
+    sums *= (most - highest).exp().repeat_interleave(32, 1)[:, :n]
+    blocks = logits.view(N, n, b)
+    within = lambda block: (blocks.gather(1, block[..., None].expand(-1, -1, b)) / scale[..., None] - highest[..., None]).exp()
+    scale = torch.full((1, 1), temperature, device=logits.device)           # float32, as the logits are then
+    drawn, mass = pick(sums, within, point)
+    return drawn, logits.gather(1, drawn) / scale - highest - mass.log().float()
+
+
+@kernel
+def weigh_kernel(logits, temperature, sums, mosts, BLOCKS: "tl.constexpr", b: "tl.constexpr"):
+    """A program 32 blocks of a row of logits: sums (N, V / b) of p = exp(logit / temperature - most), mosts (N, parts)."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, i = part * 32 + tl.arange(0, 32), tl.arange(0, b)
+    inside = block < BLOCKS
+    value = tl.load(logits + (row * BLOCKS + block[:, None]) * b + i[None], inside[:, None], float("-inf")).to(tl.float32) / temperature
+    most = tl.maximum(tl.max(tl.max(value, 1), 0), -1e30)                   # all may be forbidden tokens
+    tl.store(sums + row * BLOCKS + block, tl.sum(tl.exp(value - most), 1), inside)
+    tl.store(mosts + row * tl.num_programs(1) + part, most)
+
+
+@kernel
+def turn_kernel(qkv, cos, sin, q_scale, k_scale, q, k, v, places, end, W, S, eps,
+                H: "tl.constexpr", K: "tl.constexpr", d: "tl.constexpr", WIDTH: "tl.constexpr"):
+    """Eight heads of a token a program: queries and keys normalised and turned, keys and values into the cache.
+
+    qkv: (N, (H + 2 K) d); cos, sin: (N, d), see `turn`; q: (N, H, d); k, v: (B, K, S, d); places: (N,) in (B * W).
+    """
+    n, h, i = tl.program_id(0), tl.program_id(1) * 8 + tl.arange(0, 8)[:, None], tl.arange(0, WIDTH)[None]
+    inside, j = (h < H + 2 * K) & (i < d), (i + d // 2) % d                 # j: the other of the pair
+    head = qkv + (n * (H + 2 * K) + h) * d
+    value, other = tl.load(head + i, inside, 0.0), tl.load(head + j, inside, 0.0)                       # (8, WIDTH)
+    exact = value.to(tl.float32)
+    norm = tl.rsqrt(tl.sum(exact * exact, 1) / d + eps)[:, None]
+    scale = tl.where(h < H, tl.load(q_scale + i, i < d, 0.0), tl.load(k_scale + i, i < d, 0.0)).to(tl.float32)
+    other_scale = tl.where(h < H, tl.load(q_scale + j, i < d, 0.0), tl.load(k_scale + j, i < d, 0.0)).to(tl.float32)
+    mine = (exact * norm * scale).to(value.dtype).to(tl.float32)            # rounded where the plain way does
+    other = (other.to(tl.float32) * norm * other_scale).to(value.dtype).to(tl.float32)
+    turned = (mine * tl.load(cos + n * d + i, i < d, 0.0).to(tl.float32)).to(value.dtype).to(tl.float32)
+    turned += other * tl.load(sin + n * d + i, i < d, 0.0).to(tl.float32)
+    place = tl.load(places + n)
+    slot = (place // W * K + (h - H) % K) * S + tl.load(end) + place % W
+    tl.store(q + (n * H + h) * d + i, turned, inside & (h < H))
+    tl.store(k + slot * d + i, turned, inside & (h >= H) & (h < H + K))
+    tl.store(v + slot * d + i, value, inside & (h >= H + K))
+
+
+@kernel
+def attend_kernel(q, k, v, segments, spread, end, totals, mosts, masses, N, W, S, scale, R: "tl.constexpr", K: "tl.constexpr",
+                  d: "tl.constexpr", WIDTH: "tl.constexpr", ROWS: "tl.constexpr", PADDING: "tl.constexpr", PART: "tl.constexpr"):
+    """A program a key head of a prompt and a part of its slots: all its queries, R heads of each of W tokens, read them once.
+
+    q: (N, K R, d); k, v: (B, K, S, d); segments: (B, S), see Batch; spread: (B, W) places in N. What it saw, with p = exp of
+    score - most: totals (parts, N, K R, d), the sum of p v; mosts, masses (parts, N, K R), the highest score and the sum of p.
+    """
+    b, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start = tl.load(end)
+    if part * PART < start + W:
+        r, i, slot = tl.arange(0, ROWS), tl.arange(0, WIDTH), part * PART + tl.arange(0, PART)
+        w, inside, there = r // R, i < d, slot < start + W
+        mine = tl.load(segments + b * S + start + w, w < W, 0)                                          # (ROWS,)
+        row = (tl.load(spread + b * W + w, w < W, 0) * K + head) * R + r % R
+        queries = tl.load(q + row[:, None] * d + i[None], (w < W)[:, None] & inside[None], 0.0)         # (ROWS, WIDTH)
+        place = ((b * K + head) * S + slot)[:, None] * d + i[None]
+        keys = tl.load(k + place, there[:, None] & inside[None], 0.0)                                   # (PART, WIDTH)
+        values = tl.load(v + place, there[:, None] & inside[None], 0.0)
+        sees = (mine[:, None] & tl.load(segments + b * S + slot, there, 0)[None]) != 0                  # (ROWS, PART)
+        score = tl.where(sees, tl.dot(queries, keys.T, input_precision="ieee") * scale, float("-inf"))
+        most = tl.maximum(tl.max(score, 1), -1e30)      # who sees nothing here must not take -inf from -inf
+        p = tl.exp(score - most[:, None])
+        said, row = (w < W) & (mine != PADDING), part * N * K * R + row
+        tl.store(mosts + row, most, said)
+        tl.store(masses + row, tl.sum(p, 1), said)
+        total = tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        tl.store(totals + row[:, None] * d + i[None], total, said[:, None] & inside[None])
+
+
+@kernel
+def gather_kernel(totals, mosts, masses, end, out, N, W, H: "tl.constexpr", d: "tl.constexpr", WIDTH: "tl.constexpr",
+                  PARTS: "tl.constexpr", PART: "tl.constexpr"):
+    """A program a token's head: what its parts saw, see above, together. out: (N, H d)."""
+    row, part, i = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    there, place, inside = part * PART < tl.load(end) + W, part * N * H + row, i < d
+    most = tl.load(mosts + place, there, -1e30)                             # (PARTS,)
+    weight = tl.exp(most - tl.max(most, 0))
+    mass = tl.sum(weight * tl.load(masses + place, there, 0.0), 0)
+    total = tl.load(totals + place[:, None] * d + i[None], there[:, None] & inside[None], 0.0)          # (PARTS, WIDTH)
+    tl.store(out + row * d + i, tl.sum(weight[:, None] * total, 0) / mass, inside)
+
+
+@kernel
+def add_norm_kernel(x, more, scale, out, eps, D: "tl.constexpr", WIDTH: "tl.constexpr"):
+    """x += more, and out = RMSNorm(x): (N, D) each; a program a token."""
+    column = tl.arange(0, WIDTH)
+    place, inside = tl.program_id(0) * D + column, column < D
+    value = tl.load(x + place, inside, 0.0) + tl.load(more + place, inside, 0.0)
+    tl.store(x + place, value, inside)
+    value = value.to(tl.float32)
+    norm = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    tl.store(out + place, value * norm * tl.load(scale + column, inside, 0.0).to(tl.float32), inside)
+
+
+@kernel
+def silu_kernel(both, out, F: "tl.constexpr", BLOCK: "tl.constexpr"):
+    """silu(gate) * up. both: (N, 2 F), gates first; out: (N, F)."""
+    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(both + 2 * row * F + i, i < F, 0.0)
+    up = tl.load(both + (2 * row + 1) * F + i, i < F, 0.0)
+    exact = gate.to(tl.float32)
+    tl.store(out + row * F + i, (exact * tl.sigmoid(exact)).to(gate.dtype) * up, i < F)
 
 
 # ------------------------------------------------------------------------------ chat and pictures
