@@ -350,7 +350,9 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
                    its norm and turn, attention's output twice; k likewise, v; gate, its silu, up, inner: what autograd's
                    hooks count on a CPU, to 0.5 %. Where an H100 was asked, the total was 1 to 1.5 % more. An upper limit with mlp, and where responses or prompts are shorter.
                    --recompute: T D of every layer, and one layer whole. The head's chunk of logits comes on top.
-    cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, and what sampling makes of Q G rows of V logits
+    cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, what sampling makes of Q G rows of V logits, and
+                   the copies that a captured step joins: q, k, v and, where they are less than a sixteenth of the card, gate
+                   and up; here of 80 GiB
     Gradients and activations do not meet the rollout: the total has the larger of the two.
     Of 8 shards each process has an eighth of all that goes with t and, but in rollouts, of the weights that are trained;
     a layer that is computed and the next are whole.
@@ -374,16 +376,17 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
             head = LOGIT * min(asru.HEAD_CHUNK, b * G * R * text.vocab_size)
             held = [2 * N + 4 * t * (not full), 4 * t * full, (8 if cfg.state_dtype == "float32" else 4) * t, 2 * t * full]
             activations = L * layer + head, 2 * L * T * D + layer + head
-            rollout = 2 * 2 * L * Kd * Q * (P + G * (R - 1)) + LOGIT * Q * G * text.vocab_size
+            copied = (2 * L * D * (Hd + 2 * Kd), 2 * L * D * 2 * F) if full and not cfg.shard else (0, 0)
+            rollout = lambda card: (2 * 2 * L * Kd * Q * (P + G * (R - 1)) + LOGIT * Q * G * text.vocab_size
+                                    + copied[0] + copied[1] * (copied[1] < card * GiB / 16))
             gathered = 2 * (whole - t)                      # what a rollout has besides, of which backward has two layers
             held[0] -= gathered
             gradients = (2 if full else 4) * t
-            totals = [sum(held) + max(gradients + most + 2 * gathered / L, gathered + rollout)
-                      for most in activations]
-            held[0] += gathered
-            cards = [[card for card in (24, 48, 80) if total < 0.92 * card * GiB] for total in totals]
+            totals = lambda card: [sum(held) + max(gradients + most + 2 * gathered / L, gathered + rollout(card)) for most in activations]
+            cards = [[card for card in (24, 48, 80) if totals(card)[i] < 0.92 * card * GiB] for i in range(2)]
+            row = [*held, gradients, *activations, rollout(80), *totals(80)]
+            row[0] += gathered
             fits = " ".join(f"{card}" if card in cards[0] else f"({card})" for card in cards[1]) or "none"
-            row = [*held, gradients, *activations, rollout, *totals]
             print(f"{name:4}{what:22}" + "".join(f"{value / GiB:12.1f}" for value in row) + f"   {fits}")
     print(f"\nbfloat16 weights; prompts of {P} tokens, {G} responses of {R}; --microbatch {b}, rollouts of {Q} prompts; 92 % of a card is used."
           "\n--average adds as much as float32, for adapters hardly anything; --kl 0 needs no reference.")
