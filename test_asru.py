@@ -1682,27 +1682,6 @@ def test_kept_tokens_end_with_the_end_token(tiny):
         assert not set(row) & set(model.cfg.never_sampled)
 
 
-def test_questions_lose_words_and_nothing_else(embedded):
-    """In order, about the share asked for, of questions about a fact alone; at chance 0 there are none, and the draw is the seed's."""
-    proc, data, prompts = embedded
-    model, asked = Qwen3VL.from_pretrained(EMBEDDED), prompts["retain"]
-    few = asru.thinned(model, proc, asked, 0.3, random.Random(0))
-    before = {s["id"]: s for s in asked.samples}
-    left = 0
-    for s, tokens in zip(few.samples, few.tokens):
-        old = before[s["id"]]
-        words = iter(old["question"].split())
-        assert all(word in words for word in s["question"].split()) and s["question"] != old["question"] and s["fact"]
-        assert {**s, "question": 0} == {**old, "question": 0}
-        asks = proc.tokenizer.decode(tokens)
-        assert re.search(r"(user\n|<\|vision_end\|>)" + re.escape(s["question"]) + r"<\|im_end\|>", asks) and ("<|vision_end|>" in asks) == bool(s.get("image"))
-        left += len(s["question"].split()) / len(old["question"].split())
-    facts = [s for s in asked.samples if s.get("fact")]
-    assert 0.65 < (left + len(facts) - len(few)) / len(facts) < 0.75 and 0.8 < len(few) / len(facts) < 1
-    assert len(asru.thinned(model, proc, asked, 0.0, random.Random(0))) == 0
-    assert few.samples == asru.thinned(model, proc, asked, 0.3, random.Random(0)).samples
-
-
 def test_prompts_are_drawn_with_their_twins(tiny):
     """Twins ask for the same fact of the same person, once with the picture and once in words alone."""
     model, proc, data, prompts = tiny()
