@@ -113,8 +113,6 @@ class Config:
     mix_retain: float = opt(0.375, "stage 2: share of boundary prompts; the rest are target prompts", above=0, most=1)
     begun: float = opt(0.0, "stage 2: share of forget and boundary prompts whose answer has begun, up to the key fact; "
                        "where there are any, stage 1 redirects there too", least=0, most=0.9)
-    drop_words: float = opt(0.0, "stage 2: questions about a fact are asked in other words too: with some left out, each with "
-                            "this chance; 0 as in the paper", least=0, most=0.9)
     rest: float = opt(0.7, "stage 2: chance to pass over prompts whose last group said nothing", least=0, most=0.95)
     all_wrong: float = opt(0.0, "stage 2: how far down all of a forget prompt's group is pushed in which nothing is right; 0 "
                            "as in the paper: then the least wrong is taught, and of equals nothing", least=0)
@@ -416,9 +414,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
     Embeddings, head and norms stay, but for --train all: each of their numbers serves every prompt, and training
     them moved what was to be kept.
     """
-    begun = lambda prompts: prompts + opened(proc, prompts) if cfg.begun else prompts
-    lost = random.Random(cfg.seed)
-    forget, boundary = (begun(prompts) + thinned(model, proc, prompts, cfg.drop_words, lost) for prompts in (forget, boundary))
+    if cfg.begun:
+        forget, boundary = (prompts + opened(proc, prompts) for prompts in (forget, boundary))
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
     of_role = lambda forget, other: torch.tensor([forget if role == "forget" else other for role in roles])
@@ -669,17 +666,6 @@ def frozen_copy(model):
     """The same model, frozen; only what is trained is copied."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
-
-
-def thinned(model, proc, prompts, chance, rng):
-    """The questions about a fact that lose a word, where each is left out with that chance.
-
-    What is taught must not hang on how a question was put: people ask in words that no file has.
-    """
-    lose = lambda words: " ".join(word for word in words if rng.random() >= chance) or " ".join(words)
-    fewer = [{**s, "question": lose(s["question"].split())} for s in prompts.samples if s.get("fact")]
-    whole = {(s.get("image"), s["question"]) for s in prompts.samples}
-    return encode(model, proc, [s for s in fewer if (s.get("image"), s["question"]) not in whole], prompts.pictures)
 
 
 def draw_prompts(pool, roles, cfg, rng, resting):
