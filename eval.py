@@ -1233,6 +1233,8 @@ def check_device(name):
         raise ValueError(f"--device {name}: no such device; cpu, cuda or cuda:N is needed") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine or this build of torch has no CUDA")
+    if device.type == "cuda" and (device.index or 0) >= (number := torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: this machine has {number} GPU{'s' * (number > 1)}, counted from 0")
 
 
 def set_up_torch(device=None):
@@ -1241,6 +1243,8 @@ def set_up_torch(device=None):
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                       # graphs are captured and kernels launched on the current one
     if device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         # torch insists on this at the first matrix product and, while it is there, parses it anew at each, which takes 40 us.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

@@ -764,7 +764,7 @@ def pick(sums, within, point):
 def blocks_of(p):
     """(N, V) -> what `pick` wants of it."""
     blocks = p.view(len(p), -1, math.gcd(p.shape[1], 128))                  # (N, V / b, b)
-    return blocks.sum(-1), lambda block: blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[2]))
+    return blocks.sum(-1, dtype=torch.float64), lambda block: blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[2]))
 
 
 def running_sum(x, **kind):
@@ -1042,7 +1042,7 @@ class CapturedStep:
         side = CapturedStep.side = CapturedStep.side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()
-        kind = self.text.cfg, W, power_of_2(self.parts()), cache.k.dtype                # what the kernels below are made for
+        kind = self.text.cfg, model.device, cache.k.dtype, W, power_of_2(self.parts())  # what the kernels below are made for
         with torch.cuda.stream(side):
             if kind not in CapturedStep.known:          # what is made and set up at a first call must not be captured
                 self.compute()
