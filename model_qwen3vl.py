@@ -4,6 +4,7 @@
       VisionModel        patches -> blocks -> merger, and a DeepStack merger for some of the blocks
       TextModel          embeddings -> decoder layers, with an explicit hook on the residual stream -> norm
     generate           one prefill per prompt; its samples are a tree: what they begin with alike is computed once
+    CapturedStep       on CUDA a step of it is one graph, of matrix products and of kernels that are written here
     Processor          chat and pictures -> Batch, left-padded
     load, save         Hugging Face layout, safetensors only
 
