@@ -22,7 +22,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -299,7 +299,7 @@ def any_kernel():
 class Qwen3VL(nn.Module):
     """Qwen3-VL with random weights; `from_pretrained` reads a checkpoint."""
 
-    captured = triton is not None       # on CUDA, decode by a captured graph (CapturedStep); False: the plain way, the same tokens
+    captured = True         # on CUDA, decode by a captured graph (CapturedStep); False: the plain way, the same tokens
 
     def __init__(self, cfg):
         super().__init__()
@@ -452,7 +452,7 @@ class Qwen3VL(nn.Module):
         eos = torch.tensor(cfg.eos_token_ids, device=device)
 
         # 1 Prefill: every prompt once, whatever the number of its samples.
-        captured, graph = self.captured and device.type == "cuda", None
+        captured, graph = self.captured and device.type == "cuda" and kernels_work(device), None
         cache = Cache(cfg.text, B, self.lm_head.weight.dtype, device)
         cache.make_room(P + (G * (max_new_tokens - 1) if captured else ROOM))       # a captured step cannot grow
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
@@ -507,7 +507,7 @@ class Qwen3VL(nn.Module):
         if temperature == 0.0:
             return self.allowed_logits(hidden).argmax(-1, keepdim=True), None
         # Where a uniform number falls among the sums of p: one random number a row, not one per token of the vocabulary.
-        if hidden.is_cuda and self.captured and top_p == 1.0:
+        if self.captured and hidden.is_cuda and top_p == 1.0 and kernels_work(hidden.device):
             return drawn_from(self.allowed_logits(hidden), temperature, point)
         logp = self.distribution(hidden, temperature, top_p)                                            # (N, V)
         drawn, _ = pick(*blocks_of(logp.exp()), point)
@@ -1123,6 +1123,17 @@ def joined(*layers, copy=True):
 def power_of_2(n):
     """The next one that is no less: what a kernel's blocks want to be."""
     return 1 << (n - 1).bit_length()
+
+
+@lru_cache
+def kernels_work(device):
+    """Whether Triton can make one here: it wants a GPU that it knows, a C compiler and Python's headers."""
+    try:
+        drawn_from(torch.zeros(1, 128, device=device), 1.0, torch.zeros(1, 1, dtype=torch.float64, device=device))
+    except Exception as error:      # whatever it is, there is another way
+        warnings.warn(f"decoding goes the plain way, which is slower: Triton makes no kernel here ({first_line(error)})")
+        return False
+    return True
 
 
 def kernel(function):

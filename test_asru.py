@@ -44,7 +44,7 @@ import eval
 import reward
 from eval import (STAGES, agreement, answer_logp, attack, attack_table, bleu, choose, distorted, encode, load_samples, mark, opened,
                   projections, relearn, report, respond, restored, rouge_n, rounded, score, split_facts, split_sets, ticks, told)
-from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, blocks_of, mrope_positions, open_image, pick, write_aside
+from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, blocks_of, kernels_work, mrope_positions, open_image, pick, write_aside
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 
 HERE = Path(__file__).parent
@@ -272,6 +272,14 @@ def test_a_number_falls_where_the_running_sum_says(V):
     (drawn, whole), mass = pick(*blocks_of(p), point), p.double().cumsum(1)
     assert torch.equal(drawn, torch.searchsorted(mass, point * mass[:, -1:], right=True)) and (p.gather(1, drawn) > 0).all()
     assert ((whole - mass[:, -1:]) / whole).abs().max() < 1e-6
+
+
+def test_without_triton_decoding_goes_the_plain_way():
+    """No kernel can be made for a CPU, with Triton or without: it is said once, and is no error."""
+    kernels_work.cache_clear()
+    with pytest.warns(UserWarning, match="plain way") as said:
+        assert not kernels_work(torch.device("cpu")) and not kernels_work(torch.device("cpu"))
+    assert len(said) == 1
 
 
 def test_hook_reads_and_edits_the_residual_stream():
