@@ -1036,6 +1036,7 @@ class CapturedStep:
         packing = batch.packing or Packing(own.view(B, W), own[None])
         self.spread, self.place = packing.spread.contiguous(), packing.pack[0]                          # (B, W), (N,)
         self.end = torch.full((), cache.end, dtype=torch.int, device=model.device)
+        self.part = 256 // cache.k.element_size()       # slots that a program of attention reads: what its memory has room for
         self.qkv = [joined(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in self.text.layers]
         gates = [(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self.text.layers]
         size = 2 * len(gates) * model.cfg.text.intermediate_size * model.cfg.text.hidden_size * cache.k.element_size()
@@ -1067,13 +1068,13 @@ class CapturedStep:
         return self.hidden
 
     def parts(self):
-        return -(-self.cache.segments.shape[1] // PART)
+        return -(-self.cache.segments.shape[1] // self.part)
 
     def compute(self):
         """What TextModel does, of tokens alone: (1, N, D)."""
         cfg, cache, (B, W), S = self.text.cfg, self.cache, self.spread.shape, self.cache.segments.shape[1]
         H, K, d, F, eps = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.intermediate_size, cfg.rms_norm_eps
-        width, rows, parts = (max(16, power_of_2(n)) for n in (d, W * H // K, self.parts()))            # 16: tl.dot's least
+        width, rows, parts = (max(16, power_of_2(n)) for n in (d, min(64, W * H // K), self.parts()))   # 16: tl.dot's least
         x = self.text.embed_tokens(self.batch.input_ids).flatten(0, 1)                                  # (N, D)
         N, D = x.shape
         cos, sin = mrope_cos_sin(self.batch.position_ids, cfg, x.dtype)                                 # (1, N, 1, d)
@@ -1090,17 +1091,14 @@ class CapturedStep:
             attention, mlp, k, v = layer.self_attn, layer.mlp, cache.k[i], cache.v[i]
             turn_kernel[(N, -(-(H + 2 * K) // 8))](qkv(read), cos, sin, attention.q_norm.weight, attention.k_norm.weight, q, k, v,
                                                    self.place, self.end, W, S, eps, H, K, d, width, num_warps=4)
-            attend_kernel[(B, K, self.parts())](q, k, v, cache.segments, self.spread, self.end, total, most, mass, N, W, S, d**-0.5,
-                                                H // K, K, d, width, rows, PADDING, PART, num_warps=4)
-            gather_kernel[(N * H,)](total, most, mass, self.end, seen, N, W, H, d, width, parts, PART, num_warps=1)
+            attend_kernel[(B * -(-W * H // K // rows), K, self.parts())](q, k, v, cache.segments, self.spread, self.end, total, most, mass, N, W, S, d**-0.5,
+                                                H // K, K, d, width, rows, PADDING, self.part, num_warps=4)
+            gather_kernel[(N * H,)](total, most, mass, self.end, seen, N, W, H, d, width, parts, self.part, num_warps=1)
             read = add_norm(attention.o_proj(seen), layer.post_attention_layernorm)
             silu_kernel[(N, -(-F // 1024))](gate_up(read), inner, F, 1024)
             following = self.text.layers[i + 1].input_layernorm if i + 1 < len(self.text.layers) else self.text.norm
             read = add_norm(mlp.down_proj(inner), following)
         return read[None]
-
-
-PART = 128      # slots that a program of attention reads
 
 
 def room(device):
@@ -1198,15 +1196,16 @@ def turn_kernel(qkv, cos, sin, q_scale, k_scale, q, k, v, places, end, W, S, eps
 @kernel
 def attend_kernel(q, k, v, segments, spread, end, totals, mosts, masses, N, W, S, scale, R: "tl.constexpr", K: "tl.constexpr",
                   d: "tl.constexpr", WIDTH: "tl.constexpr", ROWS: "tl.constexpr", PADDING: "tl.constexpr", PART: "tl.constexpr"):
-    """A program a key head of a prompt and a part of its slots: all its queries, R heads of each of W tokens, read them once.
+    """A program a key head of a prompt and a part of its slots, which its queries, R heads of each of W tokens, read ROWS at a time.
 
     q: (N, K R, d); k, v: (B, K, S, d); segments: (B, S), see Batch; spread: (B, W) places in N. What it saw, with p = exp of
     score - most: totals (parts, N, K R, d), the sum of p v; mosts, masses (parts, N, K R), the highest score and the sum of p.
     """
-    b, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    tiles, head, part = tl.cdiv(W * R, ROWS), tl.program_id(1), tl.program_id(2)
+    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     start = tl.load(end)
     if part * PART < start + W:
-        r, i, slot = tl.arange(0, ROWS), tl.arange(0, WIDTH), part * PART + tl.arange(0, PART)
+        r, i, slot = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH), part * PART + tl.arange(0, PART)
         w, inside, there = r // R, i < d, slot < start + W
         mine = tl.load(segments + b * S + start + w, w < W, 0)                                          # (ROWS,)
         row = (tl.load(spread + b * W + w, w < W, 0) * K + head) * R + r % R
