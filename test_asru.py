@@ -2593,7 +2593,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "num_samples": 4}, {"temperature": 1.5, "num_samples": 4, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "num_samples": 4}, {"temperature": 1.5, "num_samples": 4, "top_p": 0.9},
+                                      {"temperature": 1.5, "num_samples": 62}], ids=str)
 def test_captured_decoding_gives_the_plain_tokens(gpu, sampling):
     model, said = random_model().cuda(), []
     for model.captured in (True, False):
