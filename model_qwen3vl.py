@@ -1091,8 +1091,9 @@ class CapturedStep:
             attention, mlp, k, v = layer.self_attn, layer.mlp, cache.k[i], cache.v[i]
             turn_kernel[(N, -(-(H + 2 * K) // 8))](qkv(read), cos, sin, attention.q_norm.weight, attention.k_norm.weight, q, k, v,
                                                    self.place, self.end, W, S, eps, H, K, d, width, num_warps=4)
-            attend_kernel[(B * -(-W * H // K // rows), K, self.parts())](q, k, v, cache.segments, self.spread, self.end, total, most, mass, N, W, S, d**-0.5,
-                                                H // K, K, d, width, rows, PADDING, self.part, num_warps=4)
+            attend_kernel[(B * -(-W * H // K // rows), K, self.parts())](
+                q, k, v, cache.segments, self.spread, self.end, total, most, mass, N, W, S, d**-0.5, H // K, K, d, width, rows,
+                PADDING, self.part, num_warps=4)
             gather_kernel[(N * H,)](total, most, mass, self.end, seen, N, W, H, d, width, parts, self.part, num_warps=1)
             read = add_norm(attention.o_proj(seen), layer.post_attention_layernorm)
             silu_kernel[(N, -(-F // 1024))](gate_up(read), inner, F, 1024)
