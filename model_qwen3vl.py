@@ -1040,7 +1040,8 @@ class CapturedStep:
         self.qkv = [joined(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in self.text.layers]
         gates = [(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self.text.layers]
         size = 2 * len(gates) * model.cfg.text.intermediate_size * model.cfg.text.hidden_size * cache.k.element_size()
-        self.gate_up = [joined(*pair, copy=size < room(model.device) / 16) for pair in gates]
+        memory = torch.cuda.get_device_properties(model.device).total_memory    # used or not: numbers must not hang on what else runs
+        self.gate_up = [joined(*pair, copy=size < memory / 16) for pair in gates]
         side = CapturedStep.side = CapturedStep.side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()
@@ -1102,11 +1103,6 @@ class CapturedStep:
         return read[None]
 
 
-def room(device):
-    """Bytes of memory that a GPU has, used or not: what is done must not hang on what else runs there."""
-    return torch.cuda.get_device_properties(device).total_memory
-
-
 def joined(*layers, copy=True):
     """Linear layers that read the same as one function: (N, D) -> (N, all their widths).
 
@@ -1141,8 +1137,10 @@ def kernel(function):
 
 
 def drawn_from(logits, temperature, point):
-    """What `distribution` and `pick` give without a nucleus, (N, G) tokens and log-probabilities, from logits that are read
-    once: the (N, V) of float32 that a softmax passes over five times are not made."""
+    """What `distribution` and `pick` give without a nucleus: tokens and their log-probabilities in nats, (N, G) each.
+
+    logits: (N, V) on a GPU, read once: no float32 copy of them is made and passed over. point: (N, G) float64 in [0, 1).
+    """
     (N, V), b = logits.shape, math.gcd(logits.shape[1], 128)
     n = V // b
     sums, most = (torch.empty(N, width, device=logits.device) for width in (n, -(-n // 32)))
@@ -1150,8 +1148,8 @@ def drawn_from(logits, temperature, point):
     highest = most.amax(1, keepdim=True)                                    # (N, 1)
     sums *= (most - highest).exp().repeat_interleave(32, 1)[:, :n]
     blocks = logits.view(N, n, b)
-    within = lambda block: (blocks.gather(1, block[..., None].expand(-1, -1, b)) / scale[..., None] - highest[..., None]).exp()
     scale = torch.full((1, 1), temperature, device=logits.device)           # float32, as the logits are then
+    within = lambda block: (blocks.gather(1, block[..., None].expand(-1, -1, b)) / scale[..., None] - highest[..., None]).exp()
     drawn, mass = pick(sums, within, point)
     return drawn, logits.gather(1, drawn) / scale - highest - mass.log().float()
 
