@@ -480,14 +480,14 @@ class Qwen3VL(nn.Module):
             if n + 1 == max_new_tokens:
                 break
             # 3 Samples that have said the same are one node of the next step, finished ones none. A captured step's shapes
-            #   are fixed: there each sample is a node of its own, and finished ones stay until they are half of all. Who goes
-            #   on is not asked each time: meanwhile the GPU would wait for the CPU.
-            if graph is None or n % 4 == 0:
-                alive = int((~done).sum())
-                if not alive:
-                    break
-            if graph is None or alive <= len(owner) / 2:
+            #   are fixed: there each sample is a node of its own, and finished ones stay until they are half of all. How many
+            #   go on is asked each fourth step and heard one later: else the GPU would wait for the CPU meanwhile.
+            if n % 4 == 2 and graph:
+                alive = later((~done).sum())
+            if graph is None or n % 4 == 3 and alive() <= len(owner) / 2:
                 graph, going = None, (~done).any(1).nonzero()[:, 0]
+                if not len(going):
+                    break
                 if len(going) <= 0.75 * len(rows):      # prompts leave once enough of them do to pay for moving the rest
                     cache.keep(going)
                     rows, position, node, token, done = (x[going] for x in (rows, position, node, token, done))
@@ -1115,6 +1115,13 @@ def joined(*layers, copy=True):
     return lambda x: F.linear(x, weight, bias)
 
 
+def later(count):
+    """A number on a GPU, asked for now: a function that gives it, and waits for nothing that was launched since."""
+    sent, heard = torch.empty(count.shape, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True), torch.cuda.Event()
+    heard.record()
+    return lambda: heard.synchronize() or int(sent)
+
+
 def power_of_2(n):
     """The next one that is no less: what a kernel's blocks want to be."""
     return 1 << (n - 1).bit_length()
@@ -1144,14 +1151,10 @@ def drawn_from(logits, temperature, point):
     (N, V), b = logits.shape, math.gcd(logits.shape[1], 128)
     n = V // b
     sums, most = (torch.empty(N, width, device=logits.device) for width in (n, -(-n // 32)))
+    drawn, logp = (torch.empty(point.shape, dtype=kind, device=logits.device) for kind in (torch.long, torch.float))
     weigh_kernel[(N, most.shape[1])](logits, temperature, sums, most, n, b)
-    highest = most.amax(1, keepdim=True)                                    # (N, 1)
-    sums *= (most - highest).exp().repeat_interleave(32, 1)[:, :n]
-    blocks = logits.view(N, n, b)
-    scale = torch.full((1, 1), temperature, device=logits.device)           # float32, as the logits are then
-    within = lambda block: (blocks.gather(1, block[..., None].expand(-1, -1, b)) / scale[..., None] - highest[..., None]).exp()
-    drawn, mass = pick(sums, within, point)
-    return drawn, logits.gather(1, drawn) / scale - highest - mass.log().float()
+    pick_kernel[point.shape](logits, temperature, sums, most, point, drawn, logp, n, power_of_2(n), b)
+    return drawn, logp
 
 
 @kernel
@@ -1164,6 +1167,26 @@ def weigh_kernel(logits, temperature, sums, mosts, BLOCKS: "tl.constexpr", b: "t
     most = tl.maximum(tl.max(tl.max(value, 1), 0), -1e30)                   # all may be forbidden tokens
     tl.store(sums + row * BLOCKS + block, tl.sum(tl.exp(value - most), 1), inside)
     tl.store(mosts + row * tl.num_programs(1) + part, most)
+
+
+@kernel
+def pick_kernel(logits, temperature, sums, mosts, points, drawn, logp, BLOCKS: "tl.constexpr", WIDTH: "tl.constexpr", b: "tl.constexpr"):
+    """A program a number of points (N, G): where it falls, as `pick` finds it in what `weigh_kernel` gave. drawn, logp: (N, G)."""
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    block, i, parts = tl.arange(0, WIDTH), tl.arange(0, b), (BLOCKS + 31) // 32
+    inside = block < BLOCKS
+    most = tl.load(mosts + row * parts + block // 32, inside, float("-inf"))                            # (WIDTH,)
+    highest = tl.max(most, 0)
+    mass = tl.cumsum((tl.load(sums + row * BLOCKS + block, inside, 0.0) * tl.exp(most - highest)).to(tl.float64), 0)
+    aim = tl.load(points + place) * tl.max(mass, 0)
+    chosen = tl.minimum(tl.sum((mass <= aim).to(tl.int32), 0), BLOCKS - 1)
+    value = tl.load(logits + (row * BLOCKS + chosen) * b + i).to(tl.float32) / temperature              # (b,)
+    p = tl.exp(value - highest)
+    inner = tl.cumsum(p.to(tl.float64), 0)
+    rest = tl.maximum(aim - tl.max(tl.where(block == chosen, mass, 0.0), 0) + tl.max(inner, 0), 0.0)
+    token = tl.minimum(tl.sum((inner <= rest).to(tl.int32), 0), tl.max(tl.where(p > 0, i, 0), 0))       # both are rounded
+    tl.store(drawn + place, chosen * b + token)
+    tl.store(logp + place, tl.max(tl.where(i == token, value, float("-inf")), 0) - highest - tl.log(tl.max(mass, 0)))
 
 
 @kernel
