@@ -1151,7 +1151,7 @@ def drawn_from(logits, temperature, point):
     (N, V), b = logits.shape, math.gcd(logits.shape[1], 128)
     n = V // b
     sums, most = (torch.empty(N, width, device=logits.device) for width in (n, -(-n // 32)))
-    drawn, logp = (torch.empty(point.shape, dtype=kind, device=logits.device) for kind in (torch.long, torch.float))
+    drawn, logp = (torch.empty(point.shape, dtype=kind, device=logits.device) for kind in (torch.long, torch.float))    # (N, G)
     weigh_kernel[(N, most.shape[1])](logits, temperature, sums, most, n, b)
     pick_kernel[point.shape](logits, temperature, sums, most, point, drawn, logp, n, power_of_2(n), b)
     return drawn, logp
