@@ -1116,7 +1116,7 @@ def joined(*layers, copy=True):
 
 
 def later(count):
-    """A number on a GPU, asked for now: a function that gives it, and waits for nothing that was launched since."""
+    """A number on a GPU, (), asked for now: a function that gives it, and waits for nothing that was launched since."""
     sent, heard = torch.empty(count.shape, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True), torch.cuda.Event()
     heard.record()
     return lambda: heard.synchronize() or int(sent)
@@ -1171,14 +1171,18 @@ def weigh_kernel(logits, temperature, sums, mosts, BLOCKS: "tl.constexpr", b: "t
 
 @kernel
 def pick_kernel(logits, temperature, sums, mosts, points, drawn, logp, BLOCKS: "tl.constexpr", WIDTH: "tl.constexpr", b: "tl.constexpr"):
-    """A program a number of points (N, G): where it falls, as `pick` finds it in what `weigh_kernel` gave. drawn, logp: (N, G)."""
+    """A program a number of points (N, G): where it falls, as `pick` finds it in what `weigh_kernel` gave.
+
+    drawn, logp: (N, G), what is there and its log-probability in nats.
+    """
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     block, i, parts = tl.arange(0, WIDTH), tl.arange(0, b), (BLOCKS + 31) // 32
     inside = block < BLOCKS
     most = tl.load(mosts + row * parts + block // 32, inside, float("-inf"))                            # (WIDTH,)
     highest = tl.max(most, 0)
     mass = tl.cumsum((tl.load(sums + row * BLOCKS + block, inside, 0.0) * tl.exp(most - highest)).to(tl.float64), 0)
-    aim = tl.load(points + place) * tl.max(mass, 0)
+    whole = tl.max(mass, 0)
+    aim = tl.load(points + place) * whole
     chosen = tl.minimum(tl.sum((mass <= aim).to(tl.int32), 0), BLOCKS - 1)
     value = tl.load(logits + (row * BLOCKS + chosen) * b + i).to(tl.float32) / temperature              # (b,)
     p = tl.exp(value - highest)
@@ -1186,7 +1190,7 @@ def pick_kernel(logits, temperature, sums, mosts, points, drawn, logp, BLOCKS: "
     rest = tl.maximum(aim - tl.max(tl.where(block == chosen, mass, 0.0), 0) + tl.max(inner, 0), 0.0)
     token = tl.minimum(tl.sum((inner <= rest).to(tl.int32), 0), tl.max(tl.where(p > 0, i, 0), 0))       # both are rounded
     tl.store(drawn + place, chosen * b + token)
-    tl.store(logp + place, tl.max(tl.where(i == token, value, float("-inf")), 0) - highest - tl.log(tl.max(mass, 0)))
+    tl.store(logp + place, tl.max(tl.where(i == token, value, float("-inf")), 0) - highest - tl.log(whole))
 
 
 @kernel
