@@ -127,6 +127,8 @@ class Config:
     kl: float = opt(0.1, "stage 2: beta, weight of the KL to the stage-1 model", least=0)
     kl_forget: float = opt(1.0, "stage 2: how much of beta counts on forget prompts, where nothing is to stay; 1 as in the "
                            "paper", least=0)
+    kl_before: bool = opt(False, "stage 2: on all but forget prompts the KL is to the model before stage 1, which knew all "
+                          "that is to stay; by default to the one after it, as in the paper")
     grad_norm: float = opt(1.0, "gradient norm is clipped to this", above=0)
     consistency: float = opt(0.2, "reward: weight of the cross-modal consistency term", least=0, most=0.49)
     rigidity: float = opt(0.2, "reward: weight of the rigidity term", least=0, most=0.49)
@@ -189,16 +191,16 @@ def asru(model, proc, data, cfg, log, shared=None):
         raise ValueError("the model refuses no question of the target file; there is nothing to steer towards")
     boundary = retain.take(select_boundary(model, forget, retain, layer, cfg))
     seen = seen_in(model, proc, forget, boundary, cfg)
-    results["steered"] = results["before"]
+    results["steered"], unsteered = results["before"], None
     if not cfg.skip_steer:
-        base = checksum(model)
+        base, unsteered = checksum(model), (layer, down_proj_of(model, layer).detach().clone())
         edit, moved = redirect(model, proc, forget, boundary, target, layer, cfg, seen)
         log({"stage": 1, **moved})
         save_steer(edit, base, layer, cfg)
         results["steered"] = measure("steered")
     results["after"] = results["steered"]
     if not cfg.skip_rl:
-        optimize_boundary(model, proc, forget, boundary + seen, target, cfg, log)
+        optimize_boundary(model, proc, forget, boundary + seen, target, cfg, log, unsteered)
         results["after"] = measure("after")
     return results
 
@@ -404,27 +406,30 @@ def select_boundary(model, forget, retain, layer, cfg):
 #   rho     = p(token) / p_old(token)
 #   q       = log p_ref(token) - log p(token)
 #   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1)
-#             beta: --kl, on forget prompts --kl-forget times that
+#             beta: --kl, on forget prompts --kl-forget times that; p_ref: of the model after stage 1, with --kl-before
+#             on all but forget prompts of the one before it
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
-def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
+def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered=None):
     """Stage 2: GRPO on forget, boundary and unseen-people prompts; changes what `trainable` chooses in place.
 
     Embeddings, head and norms stay, but for --train all: each of their numbers serves every prompt, and training
-    them moved what was to be kept.
+    them moved what was to be kept. unsteered: (layer, its down_proj (D, F) before stage 1), if that was made.
     """
     if cfg.begun:
         forget, boundary = (prompts + opened(proc, prompts) for prompts in (forget, boundary))
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
-    of_role = lambda forget, other: torch.tensor([forget if role == "forget" else other for role in roles])
-    beta, push = of_role(cfg.kl * cfg.kl_forget, cfg.kl), of_role(cfg.all_wrong, 0.0)       # of every prompt of the pool
+    of_role = lambda forget, other: [forget if role == "forget" else other for role in roles]
+    beta, push = (torch.tensor(of_role(*pair)) for pair in ((cfg.kl * cfg.kl_forget, cfg.kl), (cfg.all_wrong, 0.0)))
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg)
     reference = frozen_copy(model) if cfg.kl else None
+    before = before_stage_1(reference, *unsteered) if cfg.kl and cfg.kl_before and unsteered else reference
+    references = of_role(reference, before)                                 # of every prompt of the pool
     if cfg.shard:
-        trained = shard(model, reference)
+        trained = shard(model, reference, before)
     exact = exactly(trained)            # what the optimizer moves
     optimizer = optimizer_of(exact, cfg.lr, cfg.weight_decay, cfg)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
@@ -454,7 +459,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log):
 
         # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
-            stats = update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta[rows])
+            mine = [references[row] for row in rows]
+            stats = update(model, mine, optimizer, trained, pool, said, advantage, live, cfg, beta[rows])
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -539,10 +545,11 @@ def k3(logp, logp_ref):
     return q.exp() - q - 1
 
 
-def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta=None):
+def update(model, references, optimizer, trained, pool, said, advantage, live, cfg, beta=None):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm.
 
-    said: a Rollout; advantage: (Q, G); live: places in it of the groups that say something; beta: (Q,), or cfg.kl for all.
+    said: a Rollout; references: Q models or None, no KL; advantage: (Q, G); live: places in it of the groups that say
+    something; beta: (Q,), or cfg.kl for all.
     """
     rows, tokens, keep, logp_old = said
     beta = torch.full((len(rows),), cfg.kl) if beta is None else beta
@@ -557,12 +564,16 @@ def update(model, reference, optimizer, trained, pool, said, advantage, live, cf
 
     def shares(heard):
         """[(microbatch, weight)]. All processes must call a sharded model as often: what lacks is done for nothing."""
-        n, number = len(heard), -(-len(heard) // cfg.microbatch)
-        parts = [(heard[n * i // number:n * (i + 1) // number], 1.0) for i in range(number)]    # alike in size
+        parts = []
+        for reference in dict.fromkeys(references[q] for q in heard):
+            mine = [q for q in heard if references[q] is reference]
+            n, number = len(mine), -(-len(mine) // cfg.microbatch)
+            parts += [(mine[n * i // number:n * (i + 1) // number], 1.0) for i in range(number)]    # alike in size
         return parts + [(parts[0][0], 0.0)] * (-len(parts) % world()[1] if cfg.shard else 0)
 
     def learn(share):
         part, weight = share
+        reference = references[part[0]]
         logp, logp_ref = response_logp(model, reference, *args(part), cfg)          # (n,) n kept tokens
         logp_then, A, weight_kl = (sent(x[keep[part]], model.device) for x in (                 # (n,)
             logp_old[part], *(y.expand(keep[part].shape) for y in (advantage[part][:, :, None], beta[part][:, None, None]))))
@@ -668,6 +679,16 @@ def frozen_copy(model):
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
+def before_stage_1(reference, layer, weight):
+    """The reference before stage 1, with that layer's old down_proj (D, F): a model that has all other layers from it."""
+    layers = reference.text.layers
+    own = {id(p) for p in layers[layer].parameters()}
+    shared = [*(l for l in layers if l is not layers[layer]), *(p for p in reference.parameters() if id(p) not in own)]
+    before = copy.deepcopy(reference, {id(x): x for x in shared})
+    before.text.layers[layer].mlp.down_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return before
+
+
 def draw_prompts(pool, roles, cfg, rng, resting):
     """Endless steps of Q prompts: (indices into the pool, twin of each as a place in that list or None).
 
@@ -732,7 +753,7 @@ def step_report(texts, rewards, roles, terms, keep):
 
 PRESETS = {     # what --method sets; a flag beats it
     "asru-paper": dict(each=False, weight_retain=1.0, hold_visible=False, hold=0, begun=0.0, all_wrong=0.0, rest=0.0,
-                       average=0.0, kl_forget=1.0, lr_end=1.0, consistency=0.0, rigidity=0.0, mix_forget=0.5,
+                       average=0.0, kl_forget=1.0, kl_before=False, lr_end=1.0, consistency=0.0, rigidity=0.0, mix_forget=0.5,
                        mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}
@@ -1371,15 +1392,17 @@ def add_up_gradients(trained):
         dist.all_reduce(p.grad)
 
 
-def shard(model, reference):
+def shard(model, reference, before):
     """--shard: each process holds its part of every decoder layer (FSDP2). Returns what is trained, as its parts.
 
     A layer is put together for as long as it is computed, and its gradient added up and parted again; so every process
-    must call the model as often as any other, or within `gathered`.
+    must call the model as often as any other, or within `gathered`. The one layer in which the two references differ
+    stays whole: processes may need another's at a time.
     """
     from torch.distributed.fsdp import fully_shard      # slow to import, and for this alone
     mesh = dist.init_device_mesh(model.device.type, (world()[1],))
-    for layer in [layer for m in (model, reference) if m for layer in m.text.layers]:
+    frozen = [a for a, b in zip(reference.text.layers, before.text.layers) if a is b] if reference else []
+    for layer in [*model.text.layers, *frozen]:
         fully_shard(layer, mesh=mesh)
         layer.set_gradient_divide_factor(1.0)                       # gradients are added up,
         layer.set_force_sum_reduction_for_comms(True)               # by what every backend can do

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import importlib
 import io
+import copy
 import json
 import math
 import multiprocessing
@@ -1601,7 +1602,7 @@ def test_microbatches_and_head_chunks_change_nothing(tiny, monkeypatch, microbat
         reference = asru.frozen_copy(model)
         A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        asru.update(model, reference, optimizer, list(model.parameters()), pool, said, A, [0, 1, 2, 3], cfg)
+        asru.update(model, [reference] * 4, optimizer, list(model.parameters()), pool, said, A, [0, 1, 2, 3], cfg)
         after.append(model.text.layers[1].mlp.up_proj.weight.detach().clone())
     assert (after[0] - after[1]).abs().max() < 1e-5
 
@@ -1620,7 +1621,7 @@ def test_kl_counts_by_prompt(tiny, monkeypatch):
     start = weight.detach().clone()
     for beta in ([0.0] * 4, [1.0, 0.0, 0.0, 0.0], [1.0] * 4):
         optimizer = torch.optim.SGD([weight], lr=1.0)
-        asru.update(model, reference, optimizer, [weight], pool, said, torch.zeros(4, 3), [0, 1, 2, 3], cfg, torch.tensor(beta))
+        asru.update(model, [reference] * 4, optimizer, [weight], pool, said, torch.zeros(4, 3), [0, 1, 2, 3], cfg, torch.tensor(beta))
         moved.append((weight.detach() - start).norm().item())
         with torch.no_grad():
             weight.copy_(start)
@@ -1638,6 +1639,57 @@ def test_kl_counts_by_prompt(tiny, monkeypatch):
     assert len(seen) == 24 and set(seen) == {(True, 0.125), (False, 0.5)}
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of")      # here nothing is optimized
+def test_what_stays_is_held_to_the_model_before_stage_1(tiny, monkeypatch):
+    """With --kl-before each prompt has a reference: those to forget the model after stage 1, all others the one before it."""
+    model, proc, data, prompts = tiny()
+    original, seen = copy.deepcopy(model), []
+    forget, boundary, target = (prompts[name] for name in ("forget", "retain", "target"))
+    answers = lambda m: m(forget.batch([0, 1], m.device)).detach()
+    old = asru.down_proj_of(model, 1).detach().clone()
+    with torch.no_grad():
+        asru.down_proj_of(model, 1).add_(0.1)
+    steered = copy.deepcopy(model)
+
+    def update(model, references, optimizer, trained, pool, said, *more):
+        with torch.no_grad():
+            trained[0].add_(1.0)                                            # a reference is not what is trained
+        people = {s["person"] for s in data["forget"]}
+        seen.extend((pool.samples[i].get("person") in people, m) for i, m in zip(said.rows, references))
+        return {"kl": 0.0}
+
+    monkeypatch.setattr(asru, "update", update)
+    cfg = asru.Config(steps=2, prompts=12, max_new_tokens=4, kl_before=True)
+    private = boundary.take([i for i, s in enumerate(data["retain"]) if s["kind"] == "private"])
+    asru.optimize_boundary(model, proc, forget, private, target, cfg, lambda line: None, (1, old))
+    assert len(seen) == 24 and len({id(m) for _, m in seen}) == 2
+    for to_forget, reference in seen:
+        assert torch.equal(answers(reference), answers(steered if to_forget else original))
+    assert not torch.equal(answers(steered), answers(original))
+
+
+def test_every_group_has_its_own_reference(tiny):
+    """The step of a minibatch whose groups have two references is the sum of the steps of each alone, if not clipped."""
+    steps = []
+    for live in ([0, 1, 2, 3], [0, 2], [1, 3]):
+        model, proc, data, prompts = tiny()
+        cfg = asru.Config(microbatch=3, minibatch=4, max_new_tokens=8, group=3, top_p=1.0, grad_norm=1e9)
+        pool, said = rollout(model, prompts, cfg)
+        weight = model.text.layers[1].mlp.up_proj.weight
+        references = [asru.frozen_copy(model), asru.frozen_copy(model)]
+        with torch.no_grad():
+            for place, reference in enumerate(references):
+                noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(place))
+                reference.text.layers[1].mlp.up_proj.weight.add_(0.03 * noise)
+        start, chosen = weight.detach().clone(), references * 2 if len(live) == 4 else [references[live[0]]] * 4
+        A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        asru.update(model, chosen, torch.optim.SGD([weight], lr=1.0), [weight], pool, said, A, live, cfg)
+        steps.append(weight.detach() - start)
+    both, *alone = steps
+    assert (both - sum(alone)).abs().max() < 1e-6 < 1e-4 < min(step.abs().max() for step in alone)
+    assert (alone[0] - alone[1]).abs().max() > 1e-5
+
+
 def test_minibatches_are_dealt_out_in_turn(tiny, monkeypatch):
     """Prompts come role by role: of two minibatches of four prompts each has every other one, not a role of its own. The
     second finds a policy that has moved, and compares it with the sampler."""
@@ -1651,7 +1703,7 @@ def test_minibatches_are_dealt_out_in_turn(tiny, monkeypatch):
     monkeypatch.setattr(asru, "clipped_surrogate", lambda p, old, *more: ratios.append((p, old)) or surrogate(p, old, *more))
     A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    asru.update(model, None, optimizer, list(model.parameters()), pool, said, A, [0, 1, 2, 3], cfg)
+    asru.update(model, [None] * 4, optimizer, list(model.parameters()), pool, said, A, [0, 1, 2, 3], cfg)
     places = [sorted(q for q in range(4) if any(torch.equal(tokens[q], t) for t in part)) for part in seen]
     assert places == [[0, 2], [1, 3]]
     (first, same), (moved, old) = ratios
