@@ -129,8 +129,6 @@ class Config:
                            "paper", least=0)
     kl_before: bool = opt(False, "stage 2: on all but forget prompts the KL is to the model before stage 1, which knew all "
                           "that is to stay; by default to the one after it, as in the paper")
-    kl_silent: float = opt(0.0, "stage 2: the KL alone of some groups that are all worth the same, none of forget prompts: as "
-                           "many as this share of all prompts; 0 as in the paper", least=0, most=1)
     grad_norm: float = opt(1.0, "gradient norm is clipped to this", above=0)
     consistency: float = opt(0.2, "reward: weight of the cross-modal consistency term", least=0, most=0.49)
     rigidity: float = opt(0.2, "reward: weight of the rigidity term", least=0, most=0.49)
@@ -409,7 +407,7 @@ def select_boundary(model, forget, retain, layer, cfg):
 #   q       = log p_ref(token) - log p(token)
 #   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1)
 #             beta: --kl, on forget prompts --kl-forget times that; p_ref: of the model after stage 1, with --kl-before
-#             on all but forget prompts of the one before it; with --kl-silent some groups whose A is 0 count too
+#             on all but forget prompts of the one before it
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
@@ -453,18 +451,16 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
         rewards, terms = reward(texts, [pool.samples[i] for i in rows], [roles[i] for i in rows], twins)
         rewards = torch.tensor(rewards)                                     # (Q, G)
 
-        # 3 Compare within the group; a group of equal rewards says nothing and is left out, or some are held by their KL.
+        # 3 Compare within the group; a group of equal rewards says nothing and is left out.
         advantage = group_advantage(rewards, push[rows])                    # (Q, G)
         live = advantage.any(1).nonzero()[:, 0].tolist()
         resting.update(rows)
         resting.difference_update(rows[q] for q in live)
-        silent = sorted({q for q, row in enumerate(rows) if roles[row] != "forget"}.difference(live))
-        held = random.Random(f"{cfg.seed} {step}").sample(silent, min(len(silent), round(cfg.kl_silent * cfg.prompts)))
 
         # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
             mine = [references[row] for row in rows]
-            stats = update(model, mine, optimizer, trained, pool, said, advantage, live + held, cfg, beta[rows])
+            stats = update(model, mine, optimizer, trained, pool, said, advantage, live, cfg, beta[rows])
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -552,8 +548,8 @@ def k3(logp, logp_ref):
 def update(model, references, optimizer, trained, pool, said, advantage, live, cfg, beta=None):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm.
 
-    said: a Rollout; references: Q models or None, no KL; advantage: (Q, G); live: places in it of the groups to learn
-    from; beta: (Q,), or cfg.kl for all.
+    said: a Rollout; references: Q models or None, no KL; advantage: (Q, G); live: places in it of the groups that say
+    something; beta: (Q,), or cfg.kl for all.
     """
     rows, tokens, keep, logp_old = said
     beta = torch.full((len(rows),), cfg.kl) if beta is None else beta
@@ -757,7 +753,7 @@ def step_report(texts, rewards, roles, terms, keep):
 
 PRESETS = {     # what --method sets; a flag beats it
     "asru-paper": dict(each=False, weight_retain=1.0, hold_visible=False, hold=0, begun=0.0, all_wrong=0.0, rest=0.0,
-                       average=0.0, kl_forget=1.0, kl_before=False, kl_silent=0.0, lr_end=1.0, consistency=0.0,
+                       average=0.0, kl_forget=1.0, kl_before=False, lr_end=1.0, consistency=0.0,
                        rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}

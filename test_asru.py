@@ -1668,33 +1668,6 @@ def test_what_stays_is_held_to_the_model_before_stage_1(tiny, monkeypatch):
     assert not torch.equal(answers(steered), answers(original))
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of")      # here nothing is optimized
-@pytest.mark.parametrize("share, most", [(0.0, 0), (0.25, 3), (1.0, 12)])
-def test_silent_groups_are_held_by_their_kl(tiny, monkeypatch, share, most):
-    """Of groups that are all worth the same, --kl-silent of all prompts are learned from, none to forget, never one twice."""
-    model, proc, data, prompts = tiny()
-    forget, boundary, target = (prompts[name] for name in ("forget", "retain", "target"))
-    people, seen = {s["person"] for s in data["forget"]}, []
-
-    def update(model, references, optimizer, trained, pool, said, advantage, live, *more):
-        heard = set(advantage.any(1).nonzero()[:, 0].tolist())
-        assert heard <= set(live) and len(set(live)) == len(live)
-        quiet = [q for q, row in enumerate(said.rows) if q not in heard and pool.samples[row]["person"] not in people]
-        assert set(live) - heard <= set(quiet)
-        assert len(live) - len(heard) == min(most, len(quiet))
-        seen.append((len(quiet), tuple(live)))
-        return {"kl": 0.0}
-
-    monkeypatch.setattr(asru, "update", update)
-    monkeypatch.setattr(asru, "reward_of", lambda cfg: lambda texts, samples, roles, twins: (
-        [[float(i) if q % 3 == 0 else 1.0 for i in range(len(group))] for q, group in enumerate(texts)], {}))
-    private = boundary.take([i for i, s in enumerate(data["retain"]) if s["kind"] == "private"])
-    cfg = asru.Config(steps=3, prompts=12, max_new_tokens=4, kl_silent=share)
-    asru.optimize_boundary(model, proc, forget, private, target, cfg, lambda line: None)
-    assert len(seen) == 3 and all(quiet > 3 for quiet, _ in seen)
-    assert (len(set(seen)) == 1) == (share == 0)        # each step draws others
-
-
 def test_every_group_has_its_own_reference(tiny):
     """The step of a minibatch whose groups have two references is the sum of the steps of each alone, if not clipped."""
     steps = []
