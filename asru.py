@@ -422,12 +422,12 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
     pool = forget + boundary + target
     roles = ["forget"] * len(forget) + ["retain"] * len(boundary) + ["target"] * len(target)
     of_role = lambda forget, other: [forget if role == "forget" else other for role in roles]
-    beta, push = (torch.tensor(of_role(*pair)) for pair in ((cfg.kl * cfg.kl_forget, cfg.kl), (cfg.all_wrong, 0.0)))
+    beta, push = torch.tensor(of_role(cfg.kl * cfg.kl_forget, cfg.kl)), torch.tensor(of_role(cfg.all_wrong, 0.0))   # of the pool
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg)
     reference = frozen_copy(model) if cfg.kl else None
     before = before_stage_1(reference, *unsteered) if cfg.kl and cfg.kl_before and unsteered else reference
-    references = of_role(reference, before)                                 # of every prompt of the pool
+    references = of_role(reference, before)
     if cfg.shard:
         trained = shard(model, reference, before)
     exact = exactly(trained)            # what the optimizer moves
@@ -459,8 +459,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
 
         # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
-            mine = [references[row] for row in rows]
-            stats = update(model, mine, optimizer, trained, pool, said, advantage, live, cfg, beta[rows])
+            stats = update(model, [references[row] for row in rows], optimizer, trained, pool, said, advantage, live, cfg,
+                           beta[rows])
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -680,10 +680,8 @@ def frozen_copy(model):
 
 
 def before_stage_1(reference, layer, weight):
-    """The reference before stage 1, with that layer's old down_proj (D, F): a model that has all other layers from it."""
-    layers = reference.text.layers
-    own = {id(p) for p in layers[layer].parameters()}
-    shared = [*(l for l in layers if l is not layers[layer]), *(p for p in reference.parameters() if id(p) not in own)]
+    """The reference with that layer's down_proj (D, F) of before stage 1; all other weights are the same in memory."""
+    shared = chain(reference.text.layers[:layer], reference.text.layers[layer + 1:], reference.parameters())
     before = copy.deepcopy(reference, {id(x): x for x in shared})
     before.text.layers[layer].mlp.down_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
     return before
