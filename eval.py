@@ -907,7 +907,7 @@ def curves(log_lines):
     for title, unit, scale, names in (
             ("Reward", "mean over a step's responses", 1, ("reward",)),
             ("Refusals", "% of a step's responses", 100, ("refuse_forget", "refuse_retain", "refuse_target")),
-            ("KL divergence", "nats per token, from the model after stage 1", 1, ("kl",))):
+            ("KL divergence", "nats per token, from the reference", 1, ("kl",))):
         series = [[(line["step"], scale * line[name]) for line in steps if math.isfinite(line.get(name, math.nan))]
                   for name in names]
         values = [y for points in series for _, y in points]
