@@ -1050,14 +1050,17 @@ class CapturedStep:
             if kind not in CapturedStep.known:          # what is made and set up at a first call must not be captured
                 self.compute()
                 CapturedStep.known.add(kind)
-            self.graph.capture_begin()                  # not torch.cuda.graph: it empties the allocator's cache
+            pool = () if CapturedStep.last is None else (CapturedStep.last.pool(),)
+            self.graph.capture_begin(*pool)             # not torch.cuda.graph: it empties the allocator's cache
             self.hidden = self.compute()                                    # (1, N, D)
             self.graph.capture_end()
+        CapturedStep.last = self.graph
         torch.cuda.current_stream().wait_stream(side)
 
     READ = ("input_ids", "position_ids")
     side = None         # the stream that all are captured on
     known = set()
+    last = None         # kept until another is captured, in the same memory: of its own, torch would keep it for each
 
     def __call__(self, batch):
         for name in self.READ:

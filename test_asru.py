@@ -2657,6 +2657,16 @@ def test_captured_decoding_gives_the_plain_tokens(gpu, sampling):
     assert torch.equal(*said)
 
 
+def test_captured_steps_follow_each_other_in_the_same_memory(gpu, embedded):
+    """What torch holds does not grow with their number; answers end at unlike lengths, so that each turn captures several."""
+    proc, data, prompts = embedded
+    model, held, said = Qwen3VL.from_pretrained(EMBEDDED, dtype=torch.float32, device="cuda"), [], []
+    for _ in range(6):
+        said.append(respond(model, proc, prompts["forget"].take(range(48)), 28))
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] == held[1] and all(texts == said[0] for texts in said)
+
+
 def test_cuda_learns_as_the_cpu_does(gpu, embedded):
     """In float32: stage 1's change, greedy answers, log-probabilities of policy and reference, and the gradient of all that is trained."""
     proc, data, prompts = embedded
