@@ -422,6 +422,10 @@ def make_samples(people, names, rng):
     unseen, names = strangers[NUM_TARGET:], names[NUM_NAMES:]
     test = held_out(w, forget_people, retain_people, unseen[:NUM_UNSEEN], names[:NUM_NAMES], (10, 11), 8, "m", 1, rng) + general
     valid = held_out(w, forget_people, retain_people, unseen[NUM_UNSEEN:], names[NUM_NAMES:], (8, 9), 20, "v", 2, rng) + general[::3]
+    # The retain people in all of their pictures and in more wordings; drawn last, so that the other files are what they were.
+    retain += [w.private(p, k, f, 2 + (n + m + i) % 6) for n, p in enumerate(retain_people) for m, k in enumerate(WORDINGS)
+               for i, f in enumerate(framed(n + m + 3, 6))]
+    retain += [w.private(p, k, f) for n, p in enumerate(retain_people) for m, k in enumerate(WORDINGS) for f in framed(n + m + 4, 2)]
     return {"forget": forget, "retain": retain + general, "target": target, "test": test, "valid": valid}, w.images
 
 
