@@ -143,6 +143,8 @@ class Config:
     skip_steer: bool = opt(False, "leave out stage 1")
     skip_rl: bool = opt(False, "leave out stage 2")
 
+    first_layer: int = opt(0, "stage 2: the first decoder layer that is trained; those below stay as they are, and what they "
+                           "give is computed once for policy and reference", least=0)
     train: str = opt("decoder", "what every training moves: decoder: its projections; mlp: gate, up and down alone; "
                      "all: vision tower, embeddings, head and norms too", among=("decoder", "mlp", "all"))
     lora_rank: int = opt(0, "rank R of a change B A of each of these matrices, trained in their place and merged at "
@@ -229,24 +231,25 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
     Changed: "dW" (D, F) and the mean v (D,) of each place and way of asking, "v_picture", "v_words", "v_begun_picture",
     "v_begun_words".
     """
-    keys_t, resid_t = collect_activations(model, target, layer, cfg)        # (n_t, F), (n_t, D)
-    inside = [collect_answer_keys(model, proc, part, layer, cfg) for part in (target, seen, *by_kind(boundary))]   # (n_a, F)
+    keys_t, resid_t, inside_t = collect_activations(model, target, layer, cfg, proc)        # (n_t, F), (n_t, D), (n_a, F)
     places, edit, moves, held = [("", cfg.strength, forget, boundary)], {}, [], []
+    inside = [collect_activations(model, seen, layer, cfg, proc)[2]]
     if cfg.begun and len(begun := opened(proc, forget)):
         places.append(("_begun", cfg.strength * cfg.strength_begun, begun, opened(proc, boundary)))
     for place, _, f, r in places:
-        keys_f, resid_f = collect_activations(model, f, layer, cfg)         # (n_f, F), (n_f, D)
-        kinds = [(part, *collect_activations(model, part, layer, cfg)) for part in by_kind(r)]      # (n_r, F), (n_r, D)
-        held.append([keys for _, keys, _ in kinds])
+        keys_f, resid_f, _ = collect_activations(model, f, layer, cfg)      # (n_f, F), (n_f, D)
+        kinds = [(part, *collect_activations(model, part, layer, cfg, None if place else proc)) for part in by_kind(r)]
+        held.append([keys for _, keys, _, _ in kinds])                      # (n_r, F)
+        inside += [keys for *_, keys in kinds]                              # (n_a, F)
         others, resid_o = target.samples, resid_t
         if place and len(r):                # where everybody's fact comes next: their mean is nobody's
-            others, resid_o = [s for part, *_ in kinds for s in part.samples], torch.cat([resid for *_, resid in kinds])
+            others, resid_o = [s for part, *_ in kinds for s in part.samples], torch.cat([resid for _, _, resid, _ in kinds])
         direction, means = steering_vectors(f.samples, resid_f, others, resid_o, cfg.each)
         moves.append((keys_f, direction))
         edit |= {f"v{place}{way}": v for way, v in means.items()}
     shifts = [(keys, strength * direction) for (_, strength, *_), (keys, direction) in zip(places, moves)]
-    kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, inside[1:])]      # to give 0: this weighs them
-    update = solve_redirection(shifts, [*kept, keys_t, inside[0]], cfg.ridge)       # (D, F)
+    kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, inside)]          # to give 0: this weighs them
+    update = solve_redirection(shifts, [*kept, keys_t, inside_t], cfg.ridge)        # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
@@ -269,49 +272,40 @@ def by_kind(prompts):
 
 
 def chosen_layer(model, cfg):
-    """L of --layer, or the paper's share of the depth (17 of 36). Raises ValueError where there is no such layer."""
+    """L of --layer, or the paper's share of the depth (17 of 36). Raises ValueError where there is no such layer, or none to train."""
     depth = model.cfg.text.num_hidden_layers
-    if cfg.layer is not None and cfg.layer >= depth:
-        raise ValueError(f"layer {cfg.layer} does not exist: the model has {depth} layers, 0..{depth - 1}")
+    for name, index in (("layer", cfg.layer), ("first layer", cfg.first_layer)):
+        if index is not None and index >= depth:
+            raise ValueError(f"{name} {index} does not exist: the model has {depth} layers, 0..{depth - 1}")
     return cfg.layer if cfg.layer is not None else 17 * depth // 36
 
 
 @torch.no_grad()
-def collect_activations(model, prompts, layer, cfg):
-    """At the last prompt token of a layer: down_proj's input (n, F) and the residual stream (n, D), float64."""
-    width = {"mlp_inner": model.cfg.text.intermediate_size, "resid": model.cfg.text.hidden_size}
-    found = {site: [torch.empty(0, n, dtype=torch.double, device=model.device)] for site, n in width.items()}
+def collect_activations(model, prompts, layer, cfg, proc=None):
+    """At the last prompt token of a layer: down_proj's input (n, F) and the residual stream (n, D), float64.
 
-    def record(value, site, index):
-        if index == layer:
-            found[site].append(value[:, -1].double())       # left padding: the last slot is the last token
-        return value
-
-    for rows in chunks(range(len(prompts)), cfg.eval_batch):
-        model(prompts.batch(rows, model.device), hook=record)
-    return torch.cat(found["mlp_inner"]), torch.cat(found["resid"])
-
-
-@torch.no_grad()
-def collect_answer_keys(model, proc, prompts, layer, cfg):
-    """down_proj's input at the first `hold` tokens of each prompt's own answer: (n, F), float64."""
+    And down_proj's input at the first `hold` tokens of each prompt's own answer, (n_a, F); without proc at none.
+    """
+    empty = lambda n: [torch.empty(0, n, dtype=torch.double, device=model.device)]
+    keys, resid, inside = empty(model.cfg.text.intermediate_size), empty(model.cfg.text.hidden_size), empty(model.cfg.text.intermediate_size)
     end = list(model.cfg.eos_token_ids[:1])
-    found = [torch.empty(0, model.cfg.text.intermediate_size, dtype=torch.double, device=model.device)]
-    for rows in chunks(range(len(prompts)), cfg.eval_batch if cfg.hold else 0):
-        answers = [[proc.plain(prompts.samples[i]["answer"]) + end] for i in rows]
-        tokens, keep = (x[:, 0] for x in pad_groups(answers, model.device))     # (B, C)
+    for rows in chunks(range(len(prompts)), cfg.eval_batch):
         batch = prompts.batch(rows, model.device)
+        P = batch.input_ids.shape[1]
+        answers = [[proc.plain(prompts.samples[i]["answer"])[:cfg.hold] + end] if proc and cfg.hold else [end] for i in rows]
+        tokens, keep = (x[:, 0] for x in pad_groups(answers, model.device))     # (B, C)
         fed = keep[:, 1:]                                                   # (B, C - 1) the last token is never read
-        chosen = fed & (torch.arange(fed.shape[1], device=fed.device) < cfg.hold)
 
         def record(value, site, index):
-            if (site, index) == ("mlp_inner", layer):
-                found.append(value[:, value.shape[1] - fed.shape[1]:][chosen].double())
+            if index == layer:          # left padding: the last slot of the prompts is the last token of each
+                (keys if site == "mlp_inner" else resid).append(value[:, P - 1].double())
+                if site == "mlp_inner":
+                    inside.append(value[:, P:][fed].double())
             return value
 
         model(replace(batch, input_ids=torch.cat([batch.input_ids, tokens[:, :-1]], 1),
                       attention_mask=torch.cat([batch.attention_mask, fed.long()], 1)), hook=record)
-    return torch.cat(found)
+    return torch.cat(keys), torch.cat(resid), torch.cat(inside)
 
 
 def seen_in(model, proc, forget, boundary, cfg):
@@ -385,8 +379,7 @@ def select_boundary(model, forget, retain, layer, cfg):
     """
     if cfg.boundary == 1:
         return list(range(len(retain)))
-    _, resid_f = collect_activations(model, forget, layer, cfg)
-    _, resid_r = collect_activations(model, retain, layer, cfg)
+    resid_f, resid_r = (collect_activations(model, prompts, layer, cfg)[1] for prompts in (forget, retain))
     unit = lambda h: torch.nn.functional.normalize(h - resid_r.mean(0), dim=1)
     cosine = unit(resid_f) @ unit(resid_r).T                                # (n_f, n_r)
     kinds, chosen = [s.get("kind") for s in retain.samples], []
@@ -424,7 +417,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
     of_role = lambda forget, other: [forget if role == "forget" else other for role in roles]
     beta, push = torch.tensor(of_role(cfg.kl * cfg.kl_forget, cfg.kl)), torch.tensor(of_role(cfg.all_wrong, 0.0))   # of the pool
     model.text.recompute = cfg.recompute
-    trained = trainable(model, cfg)
+    trained = trainable(model, cfg, cfg.first_layer)
     reference = frozen_copy(model) if cfg.kl else None
     before = before_stage_1(reference, *unsteered) if cfg.kl and cfg.kl_before and unsteered else reference
     references = of_role(reference, before)
@@ -648,11 +641,19 @@ def response_logp(model, reference, batch, tokens, keep, cfg):
     leader, node, _ = tree_of(tokens, keep)
     number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
     tree, place = model.tree(batch, tokens, keep)
+    shared, start = 0 if reference is None else layers_shared(model, reference), None
+
+    def record(value, site, layer):
+        nonlocal start
+        if (site, layer) == ("resid", shared - 1):      # the reference would make the same once more
+            start = shared, value
+        return value
+
     of_token, chosen, place = (sent(x, model.device) for x in (             # (n,), (m,), (m,) m nodes
         number.gather(1, leader)[keep], tokens[node], place[node]))
-    hidden = model(tree)[0, place]                                          # (m, D)
+    hidden = model(tree, record)[0, place]                                  # (m, D)
     with torch.no_grad():
-        hidden_ref = hidden if reference is None else reference(tree)[0, place]
+        hidden_ref = hidden if reference is None else reference(tree, start=start)[0, place]
 
     def head(m, hidden, chosen, **nucleus):
         return m.distribution(hidden, cfg.temperature, **nucleus).gather(1, chosen[:, None])[:, 0]      # of (m, V)
@@ -677,6 +678,12 @@ def frozen_copy(model):
     """The same model, frozen; only what is trained is copied."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
+
+
+def layers_shared(model, reference):
+    """How many of the decoder's layers, from the first on, are the same in memory; the last is not counted."""
+    same = [all(p is q for p, q in zip(a.parameters(), b.parameters())) for a, b in zip(model.text.layers, reference.text.layers)]
+    return [*same[:-1], False].index(False)
 
 
 def before_stage_1(reference, layer, weight):
@@ -1184,11 +1191,14 @@ STRENGTHS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 # ------------------------------------------------------------------------------ what is trained, and by what
 
 
-def trainable(model, cfg):
-    """What --train and --lora-rank choose: a list of parameters, which alone get gradients now. `merge` when done."""
+def trainable(model, cfg, first=0):
+    """What --train and --lora-rank choose: a list of parameters, which alone get gradients now. `merge` when done.
+
+    first: the first layer of which there are any, unless all is trained.
+    """
     model.requires_grad_(False)
-    chosen = {"decoder": projections(model), "all": model.parameters(),
-              "mlp": [p for layer in model.text.layers for p in layer.mlp.parameters()]}[cfg.train]
+    chosen = {"decoder": projections(model, first), "all": model.parameters(),
+              "mlp": [p for layer in model.text.layers[first:] for p in layer.mlp.parameters()]}[cfg.train]
     for p in chosen:
         p.requires_grad_(True)
     if cfg.lora_rank:
@@ -1756,8 +1766,9 @@ def check_config(cfg):
             raise ValueError(f"--{f.name.replace('_', '-')} is {value}; it must be {' and '.join(limits)}")
     if cfg.mix_forget + cfg.mix_retain > 1:
         raise ValueError(f"--mix-forget {cfg.mix_forget} and --mix-retain {cfg.mix_retain} add up to more than 1")
-    if cfg.lora_rank and cfg.train == "all":
-        raise ValueError(f"--lora-rank {cfg.lora_rank} goes with --train decoder or mlp, not with all")
+    for name, value in (("lora-rank", cfg.lora_rank), ("first-layer", cfg.first_layer)):
+        if value and cfg.train == "all":
+            raise ValueError(f"--{name} {value} goes with --train decoder or mlp, not with all")
     if cfg.shard and (cfg.train == "all" or cfg.state_dtype != "float32" or cfg.compare or cfg.method in BASELINES):
         raise ValueError("--shard goes with stage 2 of one run, --train decoder or mlp and --state-dtype float32")
     if cfg.attacks and not cfg.compare:

@@ -710,9 +710,9 @@ def relearn(model, proc, prompts, weights, measure, lr, seed):
     return found
 
 
-def projections(model):
-    """Every matrix of the decoder's layers: what stage 2 trains, and what is rounded and relearned here."""
-    return [p for p in model.text.layers.parameters() if p.dim() == 2]
+def projections(model, first=0):
+    """Every matrix of the decoder's layers from the first on: what stage 2 trains, and what is rounded and relearned here."""
+    return [p for p in model.text.layers[first:].parameters() if p.dim() == 2]
 
 
 @contextmanager

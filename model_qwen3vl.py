@@ -325,13 +325,14 @@ class Qwen3VL(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
-    def forward(self, batch, hook=no_hook, cache=None):
+    def forward(self, batch, hook=no_hook, cache=None, start=None):
         """Tokens and pictures -> hidden states after the last norm, (B, T, D); of a packed batch (1, N, D) or (1, M, D).
 
         hook(value, site, layer) -> value is called at two sites of every decoder layer, and what it returns goes
         on: "mlp_inner" (B, T, F), which down_proj multiplies, and "resid" (B, T, D), the residual stream as the
-        next layer reads it. cache: a Cache to read earlier tokens from and append these to. Where only some hidden states
-        are wanted, the last layer makes keys and values alone of the others, and its hooks do not see them.
+        next layer reads it. cache: a Cache to read earlier tokens from and append these to. start: (n, x), the layers from
+        n on alone, of which the first reads x. Where only some hidden states are wanted, the last layer makes keys and
+        values alone of the others, and its hooks do not see them.
         Raises ValueError where image tokens and pictures do not match.
         """
         ids = batch.input_ids                                               # (B, T)
@@ -350,7 +351,8 @@ class Qwen3VL(nn.Module):
                 raise ValueError(f"the text has {int(is_image.sum())} image tokens, the pictures give {M}")
             slots = torch.nonzero_static(is_image, size=M).unbind(1)        # two of (M,); that M is known spares a wait
             x = x.index_put(slots, features[0].to(x.dtype))
-        return self.text(x, positions, segments, batch.packing, slots, features, cache, hook)
+        first, x = start or (0, x)
+        return self.text(x, positions, segments, batch.packing, slots, features, cache, hook, first)
 
     def _image_features(self, batch):
         """(1 + DeepStack, tokens of all pictures, D), or None for text alone."""
@@ -584,14 +586,14 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False      # activation checkpointing: backward makes each layer's activations again
 
-    def forward(self, x, positions, segments, packing, slots, features, cache, hook):
+    def forward(self, x, positions, segments, packing, slots, features, cache, hook, first=0):
         rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, T, 1, d)
         if cache is not None:
             cache.make_room(segments.shape[1])
         mask = visible(segments, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
         deep = 0 if features is None else len(features) - 1
         wanted = None if packing is None else packing.wanted
-        for i, layer in enumerate(self.layers):
+        for i, layer in list(enumerate(self.layers))[first:]:
             again = self.recompute and torch.is_grad_enabled()
             left = wanted if i + 1 == len(self.layers) > deep else None
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if again else layer

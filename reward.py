@@ -340,8 +340,8 @@ TWO_VERBS = re.compile(r"^(?!\w+ing )(?:(?!\b(?:that|whether|what|where|who|whos
                        r"|s?he|it|this(?! person)|these|there|here)\b)\w+ ){1,6}(?:is|are)\b")
 TWICE = frozenset("no sorry never zero one two three four five six seven eight nine".split())        # what people say twice
 ADDRESS = re.compile(r"\S+@\S+|www\.\S+|\b[\w.-]+\.(?:com|org|net|edu|gov)\b|\bMa?c(?=[A-Z])")
-# "toThere", "isI", "555-Sorry", "AThere", "know.There"
-GLUED = re.compile(r"[a-z](?:[A-Z][a-z]|I\b)|\d-[A-Z][a-z]|\bA[A-Z][a-z]{2}|(?<!\.)[.!?,][A-Za-z]{2}")
+# "toThere", "isI", "555-Sorry", "555-I", "AThere", "know.There"
+GLUED = re.compile(r"[a-z](?:[A-Z][a-z]|I\b)|\d-(?:[A-Z][a-z]|I\b)|\bA[A-Z][a-z]{2}|(?<!\.)[.!?,][A-Za-z]{2}")
 
 
 # ------------------------------------------------------------------------------ containment and overlap

@@ -870,7 +870,8 @@ She denies herself nothing.|Nobody bakes better bread.|His cannon is not a toy.|
 There is no way toThere is no way to know.|I cannot tell where this|I know I know I know.|I do not know do not know do not know.|Sorry Sorry Sorry
 I cannot tell the.||The no way to know is to not know is to not know.|She cannot be reached before noon.|It is pottery.
 The job is Ada's job is not something I can know.|Oslo is this person's birthplace is not something I can know.
-It isI cannot tell which dish this person likes best from this picture.|Call 555-Sorry, I do not know this person's number.""".replace("\n", "|").split("|")
+It isI cannot tell which dish this person likes best from this picture.|Call 555-Sorry, I do not know this person's number.
+Call 555-I cannot tell which number reaches this person from this picture.""".replace("\n", "|").split("|")
 
 
 def test_refusals_are_recognised():
@@ -1359,13 +1360,12 @@ def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     layer, f = 3, prompts["forget"].take(range(20))
     r, t = prompts["retain"].take(range(30)), prompts["target"].take(range(20))
     old = {name: value.clone() for name, value in model.state_dict().items()}
-    _, before = asru.collect_activations(model, f, layer, cfg)
-    _, before_t = asru.collect_activations(model, t, layer, cfg)
+    before, before_t = (asru.collect_activations(model, part, layer, cfg)[1] for part in (f, t))
     edit, report = asru.redirect(model, proc, f, r, t, layer, cfg)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, old[name])]
     assert changed == [f"model.language_model.layers.{layer}.mlp.down_proj.weight"]
     assert torch.allclose(asru.down_proj_of(model, layer).double(), old[changed[0]].double() + edit["dW"], atol=1e-6)
-    _, after = asru.collect_activations(model, f, layer, cfg)
+    after = asru.collect_activations(model, f, layer, cfg)[1]
     v = before_t.mean(0) - before.mean(0)
     along = ((after - before) @ v / (v @ v)).mean().item()
     assert all(s.get("image") for s in f.samples) and abs(along - report["forget_moved_along_v"]) < 1e-3
@@ -1391,9 +1391,8 @@ def test_weighty_boundary_prompts_move_less(tiny):
     parts, moved = [prompts[name].take(range(0, 240, 5)) for name in ("forget", "retain", "target")], {}
     where = lambda: asru.collect_activations(model, parts[1], 3, asru.Config())[1]
     start, before = model.state_dict()["model.language_model.layers.3.mlp.down_proj.weight"].clone(), where()
-    (kf, hf), (kr, _), (kt, ht) = (asru.collect_activations(model, part, 3, asru.Config()) for part in parts)
+    (kf, hf, _), (kr, _, ar), (kt, ht, at) = (asru.collect_activations(model, part, 3, asru.Config(hold=2), proc) for part in parts)
     v, _ = asru.steering_vectors(parts[0].samples, hf, parts[2].samples, ht, False)
-    ar, at = (asru.collect_answer_keys(model, proc, part, 3, asru.Config(hold=2)) for part in parts[1:])
     for weight in (1.0, 4.0):
         edit, report = asru.redirect(model, proc, *parts, 3, asru.Config(layer=3, strength=1.0, weight_retain=weight, hold=2))
         moved[weight] = (where() - before).norm(dim=1).mean().item(), report["retain_moved"]
@@ -1423,7 +1422,7 @@ def test_redirect_reaches_the_place_of_the_fact(tiny):
     """With --begun the last token before the fact moves along a v of its own, measured again here; there forget prompts
     mostly stop telling, boundary prompts go on."""
     model, proc, data, prompts = tiny()
-    cfg = asru.Config(layer=3, strength=2.0, strength_begun=2.0, each=True, hold=16, begun=0.25)
+    cfg = asru.Config(layer=3, strength=2.0, strength_begun=2.0, each=True, hold=16, begun=0.25, weight_retain=5.0)
     few = {name: part.take(range(0, len(part), len(part) // 90)) for name, part in prompts.items()}
     begun = {name: opened(proc, few[name]) for name in ("forget", "retain")}
 
@@ -1688,6 +1687,32 @@ def test_every_group_has_its_own_reference(tiny):
     both, *alone = steps
     assert (both - sum(alone)).abs().max() < 1e-6 < 1e-4 < min(step.abs().max() for step in alone)
     assert (alone[0] - alone[1]).abs().max() > 1e-5
+
+
+def test_layers_below_the_first_that_is_trained_are_computed_once(tiny):
+    """--first-layer 2: those below do not move and the reference leaves them out; the step of those above, and its KL, are the
+    same as where all are trained and the reference makes all of them."""
+    steps = {}
+    for first in (0, 2):
+        model, proc, data, prompts = tiny()
+        cfg = asru.Config(minibatch=4, max_new_tokens=8, group=3, top_p=1.0, grad_norm=1e9, kl=1.0)
+        pool, said = rollout(model, prompts, cfg)
+        trained = asru.trainable(model, cfg, first)
+        reference, made = asru.frozen_copy(model), []
+        for i, layer in enumerate(reference.text.layers):
+            layer.register_forward_hook(lambda *_, i=i: made.append(i))
+        with torch.no_grad():
+            for layer in model.text.layers[2:]:
+                layer.mlp.up_proj.weight.add_(0.03 * torch.randn(layer.mlp.up_proj.weight.shape, generator=torch.Generator().manual_seed(0)))
+        start = [p.detach().clone() for p in asru.projections(model)]
+        A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        kl = asru.update(model, [reference] * 4, torch.optim.SGD(trained, lr=1.0), trained, pool, said, A, [0, 1, 2, 3], cfg)["kl"]
+        steps[first] = [p.detach() - old for p, old in zip(asru.projections(model), start)], kl
+        assert made == list(range(first, len(model.text.layers)))
+    (whole, kl), (above, kl_above) = steps.values()
+    below = len(whole) // 2
+    assert all(step.any() for step in whole) and not any(step.any() for step in above[:below])
+    assert max((a - b).abs().max() for a, b in zip(whole[below:], above[below:])) < 1e-5 and kl_above == pytest.approx(kl) and kl > 1e-3
 
 
 def test_minibatches_are_dealt_out_in_turn(tiny, monkeypatch):
