@@ -758,7 +758,7 @@ def step_report(texts, rewards, roles, terms, keep):
 
 PRESETS = {     # what --method sets; a flag beats it
     "asru-paper": dict(each=False, weight_retain=1.0, hold_visible=False, hold=0, begun=0.0, all_wrong=0.0, rest=0.0,
-                       average=0.0, kl_forget=1.0, kl_before=False, lr_end=1.0, consistency=0.0,
+                       average=0.0, kl_forget=1.0, kl_before=False, lr_end=1.0, first_layer=0, consistency=0.0,
                        rigidity=0.0, mix_forget=0.5, mix_retain=0.5, paper_table=True),
     "steer": dict(skip_rl=True),
     "rl": dict(skip_steer=True)}

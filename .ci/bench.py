@@ -332,9 +332,11 @@ def peak_memory(side, name):
 # ------------------------------------------------------------------------------ memory of real shapes, computed
 
 
-TRAINED = {         # what is trained -> settings
-    "decoder": {}, "decoder, 8 shards": dict(shard=True), "decoder, bf16 states": dict(state_dtype="bfloat16"), "mlp": dict(train="mlp"),
-    "mlp, bf16 states": dict(train="mlp", state_dtype="bfloat16"), "LoRA 16": dict(lora_rank=16)}
+def ways_to_train(L):
+    """What is trained of L layers -> settings."""
+    return {"decoder": {}, "decoder, 8 shards": dict(shard=True), "decoder, bf16 states": dict(state_dtype="bfloat16"),
+            "decoder, upper half": dict(first_layer=L // 2), "mlp": dict(train="mlp"),
+            "mlp, bf16 states": dict(train="mlp", state_dtype="bfloat16"), "LoRA 16": dict(lora_rank=16)}
 
 
 def memory_table(P=350, G=8, R=50, Q=64, b=2):
@@ -349,7 +351,7 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
                    layer keeps T (4 D + 4 F + 4 H d + 3 K d), two bytes each: both norms' input and output; q before and after
                    its norm and turn, attention's output twice; k likewise, v; gate, its silu, up, inner: what autograd's
                    hooks count on a CPU, to 0.5 %. Where an H100 was asked, the total was 1 to 1.5 % more. An upper limit with mlp, and where responses or prompts are shorter.
-                   --recompute: T D of every layer, and one layer whole. The head's chunk of logits comes on top.
+                   --recompute: T D of every layer, and one layer whole. None of layers below --first-layer. The head's chunk of logits comes on top.
     cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, what sampling makes of Q G rows of V logits, and
                    the copies that a captured step joins: q, k, v and, where they are less than a sixteenth of the card, gate
                    and up; here of 80 GiB
@@ -363,11 +365,12 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
     for name in REAL_SHAPES:
         with torch.device("meta"):
             model = Qwen3VL(Qwen3VLConfig.from_dict(shape_of(name)))
-        for what, changes in TRAINED.items():
+        text = model.cfg.text
+        for what, changes in ways_to_train(text.num_hidden_layers).items():
             cfg = asru.Config(**changes)
-            N, t = (sum(p.numel() for p in found) for found in (list(model.parameters()), asru.trainable(model, cfg)))
+            N, t = (sum(p.numel() for p in found) for found in (list(model.parameters()), asru.trainable(model, cfg, cfg.first_layer)))
             asru.merge(model)
-            text, full = model.cfg.text, not cfg.lora_rank
+            full = not cfg.lora_rank
             whole, t = t, t // (8 if cfg.shard else 1)
             D, F, L = text.hidden_size, text.intermediate_size, text.num_hidden_layers
             Hd, Kd = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
@@ -375,7 +378,8 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
             layer = 2 * T * (4 * D + 4 * F + 4 * Hd + 3 * Kd)
             head = LOGIT * min(asru.HEAD_CHUNK, b * G * R * text.vocab_size)
             held = [2 * N + 4 * t * (not full), 4 * t * full, (8 if cfg.state_dtype == "float32" else 4) * t, 2 * t * full]
-            activations = L * layer + head, 2 * L * T * D + layer + head
+            kept = L - cfg.first_layer          # layers that backward goes through
+            activations = kept * layer + head, 2 * kept * T * D + layer + head
             copied = (2 * L * D * (Hd + 2 * Kd), 2 * L * D * 2 * F) if full and not cfg.shard else (0, 0)
             rollout = lambda card: (2 * 2 * L * Kd * Q * (P + G * (R - 1)) + LOGIT * Q * G * text.vocab_size
                                     + copied[0] + copied[1] * (copied[1] < card * GiB / 16))
