@@ -272,7 +272,7 @@ def by_kind(prompts):
 
 
 def chosen_layer(model, cfg):
-    """L of --layer, or the paper's share of the depth (17 of 36). Raises ValueError where there is no such layer, or none to train."""
+    """L of --layer, or the paper's share of the depth (17 of 36). Raises ValueError for layers that are not there."""
     depth = model.cfg.text.num_hidden_layers
     for name, index in (("layer", cfg.layer), ("first layer", cfg.first_layer)):
         if index is not None and index >= depth:
@@ -286,8 +286,8 @@ def collect_activations(model, prompts, layer, cfg, proc=None):
 
     And down_proj's input at the first `hold` tokens of each prompt's own answer, (n_a, F); without proc at none.
     """
-    empty = lambda n: [torch.empty(0, n, dtype=torch.double, device=model.device)]
-    keys, resid, inside = empty(model.cfg.text.intermediate_size), empty(model.cfg.text.hidden_size), empty(model.cfg.text.intermediate_size)
+    F, D = model.cfg.text.intermediate_size, model.cfg.text.hidden_size
+    keys, resid, inside = ([torch.empty(0, n, dtype=torch.double, device=model.device)] for n in (F, D, F))
     end = list(model.cfg.eos_token_ids[:1])
     for rows in chunks(range(len(prompts)), cfg.eval_batch):
         batch = prompts.batch(rows, model.device)
