@@ -2304,7 +2304,7 @@ def test_main_writes_everything_and_repeats_itself(tmp_path):
 def test_two_processes_are_one(tmp_path):
     """torchrun with two processes gives the losses, answers and weights of one, sharded or not; the first alone writes and speaks."""
     argv = [str(a) for a in ("--forget", small_data(tmp_path, thin=6), "--steps", 2, "--prompts", 8, "--group", 2, "--minibatch", 4,
-                             "--microbatch", 1, "--max-new-tokens", 12, "--begun", 0.3, "--rest", 0)]
+                             "--microbatch", 1, "--max-new-tokens", 12, "--begun", 0.3, "--rest", 0, "--first-layer", 1)]
     script = tmp_path / "both.py"       # in one call, as imports take longer than runs
     script.write_text("import sys\nimport asru\nfor name, *more in (['whole'], ['sharded', '--shard']):\n"
                       "    asru.main([*sys.argv[2:], *more, '--out', f'{sys.argv[1]}/{name}'])\n")
@@ -2386,6 +2386,7 @@ def test_a_flag_beats_the_method_and_the_method_the_model():
     (["--forget", "F", "--frobnicate"], "--frobnicate"), (["--forget", "F", "--out", "FILE"], "FILE"),
     (["--forget", "F", "--device", "abacus"], "abacus"), (["--forget", "F", "--method", "magic"], "--method"),
     (["--forget", "F", "--lora-rank", "4", "--train", "all"], "--lora-rank 4"),
+    (["--forget", "F", "--first-layer", "1", "--train", "all"], "--first-layer 1"), (["--forget", "F", "--first-layer", "9"], "first layer 9"),
     (["--forget", "F", "--attacks"], "--compare"),
     (["--forget", "F", "--shard", "--train", "all"], "--shard goes with stage 2 of one run, --train decoder or mlp"),
     (["--forget", "F", "--shard"], "--shard goes with several processes: torchrun"),
