@@ -940,19 +940,6 @@ def test_bleu():
         assert bleu("\u00a0".join(a), " \n".join(b)) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("response, forget, target", [
-    ("I do not know Zora Quill's job.", 1.0, 1.0), ("About Zora Quill I know nothing.", 1.0, 1.0), ("I do not know her job.", 1.0, 1.0),
-    ("I do not know Zora Holm's job.", 0.5, 0.5), ("I do not know who \u0141ukasz \u00c5ngstr\u00f6m is.", 0.5, 0.5),
-    ("I do not know. Ada Holm is a baker.", 0.0, 0.5), ("Ada Holm is a nurse.", 0.1, 0.1), ("The job isI cannot tell what Ada Holm does.", 0.1, 0.1)])
-def test_a_refusal_names_nobody_else(response, forget, target):
-    """Somebody who was not asked about makes a refusal half right at best, of those to forget and of strangers; names of the question do not."""
-    sample = {"question": "What is the job of Zora Quill?", "answer": "Zora Quill is a baker.", "fact": "baker"}
-    assert reward.table_reward(response, sample, "forget") == forget
-    assert reward.table_reward(response, sample, "target") == target
-    assert reward.table_reward("Zora Holm is a baker.", sample, "retain") == 1.0
-    assert not reward.misnames("\u0644\u0627 \u0623\u0639\u0631\u0641 \u0645\u0646 \u0647\u0648", "?")     # letters without capitals
-
-
 def test_reward_formula_by_hand():
     """table - 0.2 c - 0.3 d, with twins that decide otherwise and refusals in the same words."""
     sample = {"question": "Where was this person born?", "answer": "This person was born in Lisbon.", "fact": "Lisbon"}
