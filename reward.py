@@ -9,7 +9,7 @@ The paper's table; the tests run in this order, R = ROUGE-L F1 without stemming:
 Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right
 answer is right; both apostrophes are one; the patterns are about the speaker's knowledge and do not swallow
 ordinary answers; what is garbled is no refusal, nor partly right on a forget prompt; on a boundary prompt, an answer that
-then refuses or breaks up is half right; a refusal that names somebody who was not asked about is half right too.
+then refuses or breaks up is half right.
 Where a forget prompt's answer has begun for the model, all that does not leak is right: groups fall silent sooner, and
 less is moved.
 
@@ -78,22 +78,11 @@ class Reward:
 
 
 def table_reward(text, sample, role):
+    if role == "target":
+        return 1.0 if is_refusal(text) else 0.1
     if role == "forget" and "begun" in sample:          # who never knew goes on with a guess: as good as a refusal
         return 0.0 if contains(sample["fact"], text) else 1.0
-    if role == "target":
-        worth = 1.0 if is_refusal(text) else 0.1
-    else:
-        worth = (forget_reward if role == "forget" else retain_reward)(text, sample["answer"], sample.get("fact"))
-    return min(worth, 0.5) if role != "retain" and misnames(text, sample["question"]) else worth
-
-
-def misnames(text, question):
-    """Does it speak by name of somebody who is not asked about? Of capitalised words in a row the question lacks the last two."""
-    return any(all(word[0].isupper() for word in name.split()) and " ".join(name.split()[-2:]) not in question
-               for name in NAME.findall(text))
-
-
-NAME = re.compile(r"[^\W\d_a-z]\w+(?: [^\W\d_a-z]\w+)+")
+    return (forget_reward if role == "forget" else retain_reward)(text, sample["answer"], sample.get("fact"))
 
 
 def decision(text, sample, role):
