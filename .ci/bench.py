@@ -350,8 +350,9 @@ def memory_table(P=350, G=8, R=50, Q=64, b=2):
     activations  of b prompts of P tokens with G responses of R that begin with nothing alike, T = b (P + G (R - 1)) tokens; a
                    layer keeps T (4 D + 4 F + 4 H d + 3 K d), two bytes each: both norms' input and output; q before and after
                    its norm and turn, attention's output twice; k likewise, v; gate, its silu, up, inner: what autograd's
-                   hooks count on a CPU, to 0.5 %. Where an H100 was asked, the total was 1 to 1.5 % more. An upper limit with mlp, and where responses or prompts are shorter.
-                   --recompute: T D of every layer, and one layer whole. None of layers below --first-layer. The head's chunk of logits comes on top.
+                   hooks count on a CPU, to 0.5 %. Where an H100 was asked, the total was 1 to 1.5 % more. An upper limit with mlp,
+                   and where responses or prompts are shorter. --recompute: T D of every layer, and one layer whole. None of
+                   layers below --first-layer. The head's chunk of logits comes on top.
     cache        of Q prompts in a rollout, 2 L K d (P + G (R - 1)) each, what sampling makes of Q G rows of V logits, and
                    the copies that a captured step joins: q, k, v and, where they are less than a sixteenth of the card, gate
                    and up; here of 80 GiB
