@@ -1194,7 +1194,7 @@ STRENGTHS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 def trainable(model, cfg, first=0):
     """What --train and --lora-rank choose: a list of parameters, which alone get gradients now. `merge` when done.
 
-    first: the first layer of which there are any, unless all is trained.
+    first: of decoder and mlp, layers below this one stay frozen.
     """
     model.requires_grad_(False)
     chosen = {"decoder": projections(model, first), "all": model.parameters(),
