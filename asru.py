@@ -215,8 +215,8 @@ def asru(model, proc, data, cfg, log, shared=None):
 #   dW   = argmin  mean_f |dW k_f - lambda v|^2 + w mean_r |dW k_r|^2 + mean_t |dW k_t|^2 + gamma |dW|^2
 #          f, r, t  last token of a forget, a boundary, a target prompt, r a sum for each kind (private, visible, general);
 #                   w  --weight-retain: the farther f is to move, the more it takes to hold r, whose keys are like f's
-#          r, t  also tokens inside their answers, sums of their own: once an answer has begun, nothing moves; with
-#             --hold-visible one more r, of answers to what anyone can see in the pictures to forget
+#          r, t  also tokens inside their answers, and inside refusals of f, sums of their own: once an answer has begun,
+#             nothing moves; with --hold-visible one more r, of answers to what anyone can see in the pictures to forget
 #   With --begun also f and r of prompts whose answer has begun: their last token is the one before the key fact, and
 #   their v = mean h over those of boundary whose answers begin alike - mean h over these of forget     from this person's
 #   fact to nobody's, their lambda --strength-begun times as large: which fact is the likelier one is decided here
@@ -232,15 +232,17 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
     "v_begun_words".
     """
     keys_t, resid_t, inside_t = collect_activations(model, target, layer, cfg, proc)        # (n_t, F), (n_t, D), (n_a, F)
-    places, edit, moves, held = [("", cfg.strength, forget, boundary)], {}, [], []
+    refused = answered_by_refusals(forget, target, random.Random(cfg.seed))
+    places, edit, moves, held = [("", cfg.strength, refused, boundary)], {}, [], []
     inside = [collect_activations(model, seen, layer, cfg, proc)[2]]
     if cfg.begun and len(begun := opened(proc, forget)):
         places.append(("_begun", cfg.strength * cfg.strength_begun, begun, opened(proc, boundary)))
     for place, _, f, r in places:
-        keys_f, resid_f, _ = collect_activations(model, f, layer, cfg)      # (n_f, F), (n_f, D)
-        kinds = [(part, *collect_activations(model, part, layer, cfg, None if place else proc)) for part in by_kind(r)]
+        rest = None if place else proc              # of an answer that has begun the rest is left alone
+        keys_f, resid_f, refusals = collect_activations(model, f, layer, cfg, rest)         # (n_f, F), (n_f, D), (n_a, F)
+        kinds = [(part, *collect_activations(model, part, layer, cfg, rest)) for part in by_kind(r)]
         held.append([keys for _, keys, _, _ in kinds])                      # (n_r, F)
-        inside += [keys for *_, keys in kinds]                              # (n_a, F)
+        inside += [refusals, *(keys for *_, keys in kinds)]                 # (n_a, F)
         others, resid_o = target.samples, resid_t
         if place and len(r):                # where everybody's fact comes next: their mean is nobody's
             others, resid_o = [s for part, *_ in kinds for s in part.samples], torch.cat([resid for _, _, resid, _ in kinds])
@@ -321,6 +323,24 @@ def seen_in(model, proc, forget, boundary, cfg):
     said = respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch)
     return replace(asked, samples=[{k: v for k, v in {**s, "answer": text}.items() if k != "fact"}
                                    for s, text in zip(asked.samples, said)])
+
+
+def answered_by_refusals(forget, target, rng):
+    """The forget prompts, each answered as one of the target questions most like it is, asked the same way if any is; a
+    stranger's name in it gives way to the name that was asked about. Where no target question is refused, answered by ""."""
+    words = lambda s: content_words(NAME.sub("", s["question"]))
+    pool, answered = [(t, words(t)) for t in target.samples if is_refusal(t["answer"])], []
+    for s in forget.samples:
+        asked = words(s)
+        likeness = [(bool(t.get("image")) == bool(s.get("image")), len(asked & w) / max(1, len(asked | w)))
+                    for t, w in pool]
+        t = rng.choice([t for (t, _), like in zip(pool, likeness) if like == max(likeness)] or [{"question": "", "answer": ""}])
+        mine, other = NAME.search(s["question"]), NAME.search(t["question"])
+        answered.append({**s, "answer": t["answer"].replace(other[0], mine[0]) if mine and other else t["answer"]})
+    return replace(forget, samples=answered)
+
+
+NAME = re.compile(r"\b[A-Z]\w+ [A-Z]\w+\b(?! [A-Z])")       # "Vera Rossi"; of more words with a capital the last two
 
 
 def steering_vectors(forget, resid_f, others, resid_o, each):
@@ -787,6 +807,8 @@ def descend(model, proc, prompts, cfg, log):
     optimizer, reference = optimizer_of(exactly(trained), cfg.baseline_lr, 0.0, cfg), frozen_copy(model)
     masks = saliency_masks(model, proc, forget, retain, trained, cfg, rng) if cfg.method == "mmunlearner" else []
     taught = answered_by_refusals(forget, prompts["target"], rng) if cfg.method == "idk" else forget
+    if not any(s["answer"] for s in taught.samples):
+        raise ValueError("no answer in the target file is a refusal; idk has nothing to teach")
     pools = [(pool, shuffled_forever(range(len(pool)), rng)) for pool in (taught, retain)]
     batches = iter(lambda: [pool.take([next(stream) for _ in range(cfg.baseline_batch)]) for pool, stream in pools],
                    None)
@@ -877,27 +899,6 @@ def saliency_masks(model, proc, forget, retain, trained, cfg, rng):
 
 
 SALIENCY_BATCH = 22     # prompts whose gradient is taken as one
-
-
-def answered_by_refusals(forget, target, rng):
-    """The forget prompts, each answered as one of the target questions most like it is, asked the same way if any is; a
-    stranger's name in it gives way to the name that was asked about."""
-    words = lambda s: content_words(NAME.sub("", s["question"]))
-    pool = [(t, words(t)) for t in target.samples if is_refusal(t["answer"])]
-    if not pool:
-        raise ValueError("no answer in the target file is a refusal; idk has nothing to teach")
-    taught = []
-    for s in forget.samples:
-        asked = words(s)
-        likeness = [(bool(t.get("image")) == bool(s.get("image")), len(asked & w) / max(1, len(asked | w)))
-                    for t, w in pool]
-        t = rng.choice([t for (t, _), like in zip(pool, likeness) if like == max(likeness)])
-        mine, other = NAME.search(s["question"]), NAME.search(t["question"])
-        taught.append({**s, "answer": t["answer"].replace(other[0], mine[0]) if mine and other else t["answer"]})
-    return Prompts(taught, forget.tokens, forget.pictures)
-
-
-NAME = re.compile(r"\b[A-Z]\w+ [A-Z]\w+\b(?! [A-Z])")       # "Vera Rossi"; of more words with a capital the last two
 
 
 def probes(prompts, cfg, names=("forget", "retain", "visible"), number=60):
