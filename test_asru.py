@@ -1386,19 +1386,21 @@ def test_each_prompt_arrives_where_strangers_are(tiny):
 
 
 def test_weighty_boundary_prompts_move_less(tiny):
-    """`weight_retain`: what stands in the equation as four times the boundary prompts and their answers is four copies of each."""
+    """`weight_retain`: what stands in the equation as four times the boundary prompts and what is held of answers is four copies of each."""
     model, proc, data, prompts = tiny()
     parts, moved = [prompts[name].take(range(0, 240, 5)) for name in ("forget", "retain", "target")], {}
     where = lambda: asru.collect_activations(model, parts[1], 3, asru.Config())[1]
     start, before = model.state_dict()["model.language_model.layers.3.mlp.down_proj.weight"].clone(), where()
-    (kf, hf, _), (kr, _, ar), (kt, ht, at) = (asru.collect_activations(model, part, 3, asru.Config(hold=2), proc) for part in parts)
+    refused = asru.answered_by_refusals(parts[0], parts[2], random.Random(0))
+    (kf, hf, af), (kr, _, ar), (kt, ht, at) = (asru.collect_activations(model, part, 3, asru.Config(hold=2), proc)
+                                               for part in (refused, *parts[1:]))
     v, _ = asru.steering_vectors(parts[0].samples, hf, parts[2].samples, ht, False)
     for weight in (1.0, 4.0):
         edit, report = asru.redirect(model, proc, *parts, 3, asru.Config(layer=3, strength=1.0, weight_retain=weight, hold=2))
         moved[weight] = (where() - before).norm(dim=1).mean().item(), report["retain_moved"]
         with torch.no_grad():
             asru.down_proj_of(model, 3).copy_(start)
-    K = torch.cat([k / len(k)**0.5 for k in (kf, *[kr, ar] * 4, kt, at)])
+    K = torch.cat([k / len(k)**0.5 for k in (kf, *[kr, ar, af] * 4, kt, at)])
     rhs = kf.T @ v / len(kf)
     by_hand = torch.linalg.solve(K.T @ K + 1e-4 * K.square().sum() * torch.eye(K.shape[1]).double(), rhs).T
     assert (edit["dW"] - by_hand).norm() < 1e-6 * by_hand.norm()
@@ -1501,6 +1503,32 @@ def test_what_can_be_seen_is_held(tiny):
     assert {s["image"] for s in seen.samples} <= {s.get("image") for s in data["forget"]} and len(seen) == 180
     assert [s["answer"] for s in seen.samples[:5]] == respond(model, proc, seen.take(range(5)), 24)
     assert not len(asru.seen_in(model, proc, prompts["forget"], prompts["retain"], cfg))
+
+
+def test_a_refusal_that_has_begun_keeps_the_name(tiny, monkeypatch):
+    """Refusals of forget prompts up to the name that was asked about: it comes next as it did before, where they are held."""
+    model, proc, data, prompts = tiny()
+    cfg = asru.Config(layer=3, strength=1.6, strength_begun=2.5, hold=16, begun=0.15, each=True, weight_retain=5.0)
+    few = [prompts[name].take([i for i, s in enumerate(prompts[name].samples) if not s.get("image")][::step])
+           for name, step in (("forget", 2), ("retain", 6), ("target", 1))]
+    refused = asru.answered_by_refusals(few[0], few[2], random.Random(1))
+    named = [(i, asru.NAME.search(s["answer"])) for i, s in enumerate(refused.samples)]
+    asked = replace(refused, samples=[{**s, "fact": name[0] if name else None} for s, (_, name) in zip(refused.samples, named)])
+    begun = opened(proc, asked.take([i for i, name in named if name and name.start()]))
+
+    def kept():
+        return np.mean([text.startswith(s["fact"]) for s, text in zip(begun.samples, respond(model, proc, begun, 8))])
+
+    start, right = asru.down_proj_of(model, 3).detach().clone(), {"before": kept()}
+    for held in (True, False):
+        if not held:
+            monkeypatch.setattr(asru, "answered_by_refusals", lambda forget, *_: replace(forget, samples=[
+                {**s, "answer": ""} for s in forget.samples]))
+        asru.redirect(model, proc, *few, 3, cfg)
+        right[held] = kept()
+        with torch.no_grad():
+            asru.down_proj_of(model, 3).copy_(start)
+    assert len(begun) > 50 and right["before"] > 0.95 and right[True] > 0.95 and right[False] < 0.8, right
 
 
 def test_boundary_is_the_nearest_share(tiny):
