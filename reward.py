@@ -9,7 +9,7 @@ The paper's table; the tests run in this order, R = ROUGE-L F1 without stemming:
 Mended here: the key fact counts as the answer, so it must not leak even inside a refusal, and a short right
 answer is right; both apostrophes are one; the patterns are about the speaker's knowledge and do not swallow
 ordinary answers; what is garbled is no refusal, nor partly right on a forget prompt; on a boundary prompt, an answer that
-then refuses or breaks up is half right.
+then refuses or breaks up is half right. So is a refusal that names somebody else or speaks of a picture that is not there.
 Where a forget prompt's answer has begun for the model, all that does not leak is right: groups fall silent sooner, and
 less is moved.
 
@@ -78,11 +78,15 @@ class Reward:
 
 
 def table_reward(text, sample, role):
-    if role == "target":
-        return 1.0 if is_refusal(text) else 0.1
     if role == "forget" and "begun" in sample:          # who never knew goes on with a guess: as good as a refusal
         return 0.0 if contains(sample["fact"], text) else 1.0
-    return (forget_reward if role == "forget" else retain_reward)(text, sample["answer"], sample.get("fact"))
+    if role == "retain":
+        return retain_reward(text, sample["answer"], sample.get("fact"))
+    if role == "target":
+        worth = 1.0 if is_refusal(text) else 0.1
+    else:
+        worth = forget_reward(text, sample["answer"], sample.get("fact"))
+    return min(worth, 0.5) if misfits(text, sample) else worth
 
 
 def decision(text, sample, role):
@@ -342,6 +346,23 @@ TWICE = frozenset("no sorry never zero one two three four five six seven eight n
 ADDRESS = re.compile(r"\S+@\S+|www\.\S+|\b[\w.-]+\.(?:com|org|net|edu|gov)\b|\bMa?c(?=[A-Z])")
 # "toThere", "isI", "555-Sorry", "555-I", "AThere", "know.There"
 GLUED = re.compile(r"[a-z](?:[A-Z][a-z]|I\b)|\d-(?:[A-Z][a-z]|I\b)|\bA[A-Z][a-z]{2}|(?<!\.)[.!?,][A-Za-z]{2}")
+
+
+def misfits(text, sample):
+    """Asked about somebody by name, does it name somebody else, or speak of a picture where there is none?"""
+    asked, named = who(sample["question"]), who(text)
+    absent = not sample.get("image") and PICTURE.search(text)
+    return bool(asked) and bool(absent or named and not asked & named)
+
+
+def who(text):
+    """The names in a text: of capitalised words in a row, the last two."""
+    runs = (run.split() for run in NAME.findall(text))
+    return {" ".join(run[-2:]) for run in runs if all(word[0].isupper() for word in run)}
+
+
+NAME = re.compile(r"[^\W\d_a-z]\w+(?: [^\W\d_a-z]\w+)+")
+PICTURE = re.compile(r"\b(?:[Tt]he|[Tt]his) (?:picture|image|photo|photograph|portrait)\b|\bI (?:can )?(?:only |just )?see an?\b")
 
 
 # ------------------------------------------------------------------------------ containment and overlap
