@@ -349,10 +349,10 @@ GLUED = re.compile(r"[a-z](?:[A-Z][a-z]|I\b)|\d-(?:[A-Z][a-z]|I\b)|\bA[A-Z][a-z]
 
 
 def misfits(text, sample):
-    """Asked about somebody by name, does it name somebody else, or speak of a picture where there is none?"""
-    asked, named = who(sample["question"]), who(text)
-    absent = not sample.get("image") and PICTURE.search(text)
-    return bool(asked) and bool(absent or named and not asked & named)
+    """Does it name somebody whom the question does not name or, asked by name alone, speak of a picture?"""
+    question = sample["question"]
+    unseen = not sample.get("image") and who(question) and PICTURE.search(text)
+    return bool(unseen) or any(name not in question for name in who(text))
 
 
 def who(text):

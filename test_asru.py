@@ -943,18 +943,19 @@ def test_bleu():
 @pytest.mark.parametrize("response, forget, target, judged", [
     ("I do not know Zora Quill's job.", 1.0, 1.0, 5), ("About Zora Quill's job I know nothing.", 1.0, 1.0, 5), ("I do not know her job.", 1.0, 1.0, 5),
     ("I do not know Zora Holm's job.", 0.5, 0.5, 3), ("I do not know what job \u0141ukasz \u00c5ngstr\u00f6m has.", 0.5, 0.5, 3),
-    ("I cannot tell Ada Holm's job from Zora Quill's.", 1.0, 1.0, 5), ("I do not know. Ada Holm is a baker.", 0.0, 0.5, 0),
+    ("I cannot tell Ada Holm's job from Zora Quill's.", 0.5, 0.5, 3), ("I do not know. Ada Holm is a baker.", 0.0, 0.5, 0),
     ("The picture shows red hair, but it does not tell her job.", 0.5, 0.5, 3), ("I see a hat, but I cannot tell her job.", 0.5, 0.5, 3),
     ("Without a picture I cannot tell her job.", 1.0, 1.0, 5), ("Ada Holm is a nurse.", 0.1, 0.1, 1),
     ("The job isI cannot tell what Ada Holm does.", 0.1, 0.1, 1)])
 def test_a_refusal_is_about_who_was_asked(response, forget, target, judged):
-    """Somebody else in their place, or a picture that is not there, makes a refusal half right at best; an answer to keep it leaves alone."""
+    """Somebody else's name, or a picture that is not there, makes a refusal half right at best; an answer to keep it leaves alone."""
     sample = {"question": "What is the job of Zora Quill?", "answer": "Zora Quill is a baker.", "fact": "baker"}
     assert reward.table_reward(response, sample, "forget") == forget and reward.table_reward(response, sample, "target") == target
     assert eval.judge(sample, response)["contextual_refusal"] == judged
     assert reward.table_reward("Zora Holm is a baker.", sample, "retain") == 1.0
     assert not reward.misfits("The picture does not tell.", {**sample, "image": "x.png"})
-    assert not reward.misfits("The picture does not tell what Ada Holm does.", {**sample, "question": "What does this person do?"})
+    unnamed = {**sample, "question": "What does this person do?"}
+    assert reward.misfits("I do not know what Ada Holm does.", unnamed) and not reward.misfits("The picture does not tell.", unnamed)
     assert not reward.misfits("\u0644\u0627 \u0623\u0639\u0631\u0641 \u0645\u0646 \u0647\u0648", sample)     # letters without capitals
 
 
