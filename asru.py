@@ -16,9 +16,9 @@ Where this differs from the paper or from its released script
  2 Direction, targets and edit belong to one position, the last prompt token, which decides how the answer begins. The
    script takes the direction there and trains at the end of the answer.
  3 The direction is taken within each way of asking (with a picture, in words alone), not across them.
- 4 Stage 1 also holds still what lies inside answers: an edit of a matrix acts at every token, and without
-   this the words after the first one break up.
- 5 The key fact must not leak, even inside a refusal; a garbled refusal is none (reward.py).
+ 4 Stage 1 also holds still what lies inside answers and refusals: an edit of a matrix acts at every token, and without
+   this the words after the first one break up, and the name in a refusal becomes another's.
+ 5 The key fact must not leak, even inside a refusal; a garbled refusal is none, one about somebody else is half right (reward.py).
  6 Log-probabilities are those of the distribution that was sampled from: temperature, top-p and the
    ban on vision tokens included. p_old is what the sampler found: no pass is made for it.
  7 Unseen people are among the prompts of stage 2: without them the model begins to tell about strangers.
