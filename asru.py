@@ -959,10 +959,11 @@ FIGURES = {     # heading: the set, and what of each of its responses this is th
 
 def compare(model, proc, data, cfg):
     """Every row of ROWS over all seeds; prints the table, writes compare.json, returns what it holds."""
+    of = subject(model, data)           # before any run has changed the weights
     rows = run_rows(model, proc, data, cfg, ROWS, cfg.forget.parent / "retrained")
     over = lambda figure, stop: rows["asru"][figure]["mean"] / max(1e-9, np.mean(
         [rows[f"{name}, {stop}"][figure]["mean"] for name in BASELINES]))
-    found = {"config": settings_of(cfg), "rows": rows, "ratios": {
+    found = {"config": settings_of(cfg), "of": of, "rows": rows, "ratios": {
         "effectiveness": over("effectiveness", "utility"), "context": over("context", "utility"),
         "context at equal forgetting": over("context", "forgetting")}}
     if world()[0]:
@@ -973,6 +974,32 @@ def compare(model, proc, data, cfg):
     print("\nasru over the baselines' mean at equal utility: effectiveness {:.2f}x (paper 1.25x), contextual refusal "
           "{:.1f}x (paper 5.8x); at equal forgetting {:.1f}x".format(*found["ratios"].values()))
     return found
+
+
+def subject(model, data):
+    """What a comparison is of, as one checksum: weights, questions and answers."""
+    return digest([checksum(model).encode(), *(json.dumps([s["question"], s["answer"]]).encode()
+                                               for samples in data.values() for s in samples)])
+
+
+def compared(model, data, cfg, before):
+    """{row: {set: metrics, means over its seeds}} of a compare.json in --out or beside the forget file, if it is of this model
+    and these samples. before: {set: (metrics, responses)}. Raises ValueError where the file is not what --compare writes."""
+    metric = {"recall": "fact_recall", "refused": "refusal_rate"}
+    for file in (cfg.out / "compare.json", cfg.forget.parent / "compare.json"):
+        if file.exists() and (found := read_json(file)).get("of") == subject(model, data):
+            rows = {}
+            try:
+                for name, row in found["rows"].items():
+                    for figure, (where, what) in FIGURES.items():
+                        if figure in row:
+                            told = rows.setdefault(name, {}).setdefault(where, {})
+                            share = before[where][0]["fact_recall"] if figure == "retain" else 1.0      # of before
+                            told[metric.get(what, what)] = float(row[figure]["mean"]) * share
+            except (LookupError, TypeError, ValueError, AttributeError):
+                raise ValueError(f"{file}: not what --compare writes; remove it, or write it anew") from None
+            return rows
+    return {}
 
 
 def run_rows(model, proc, data, cfg, rows, ideal=None):
@@ -1681,10 +1708,10 @@ def settings_of(cfg):
     return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(cfg).items() if name != "resume"}
 
 
-def write_results(model, proc, data, results, log_lines, cfg, seconds):
+def write_results(model, proc, data, results, log_lines, cfg, seconds, baselines):
     """out/: all of it, each file whole or absent; private facts for the owner alone. Returns what metrics.json holds."""
     stages = {stage: {name: found for name, (found, _) in sets.items()} for stage, sets in results.items()}
-    metrics = {"config": settings_of(cfg), **stages, "baselines": {}, "seconds": seconds}
+    metrics = {"config": settings_of(cfg), **stages, "baselines": baselines, "seconds": seconds}
     lines, sets = [], split_sets(data)
     for name, samples in sets.items():
         for i, s in enumerate(samples):
@@ -1796,11 +1823,13 @@ def run(argv):
         return task(model, proc, data, cfg)
     log = Log(cfg, model, data, lines)
     with log.lifetime():
-        results = unlearn(model, proc, data, cfg, log, get_ready(model, proc, data, cfg, log.known))
+        ready = get_ready(model, proc, data, cfg, log.known)
+        baselines = compared(model, data, cfg, ready[2])
+        results = unlearn(model, proc, data, cfg, log, ready)
         seconds = time.perf_counter() - started
         if world()[0]:
             return {}
-        metrics = write_results(model, proc, data, results, log, cfg, seconds)
+        metrics = write_results(model, proc, data, results, log, cfg, seconds, baselines)
     print_table(metrics)
     print_answers(split_sets(data), results)
     print(f"{seconds:.0f} s; everything is in {cfg.out}/")

@@ -857,11 +857,11 @@ MARKS = ("leak", "hallucinated", "over-refused", "refused", "told")     # what a
 CARDS, WRONG_CARDS = 12, 8      # shown of a set; those of them that may show what went wrong, if enough else is there
 
 
-def report(metrics, sets, results, log_lines, compare=None):
+def report(metrics, sets, results, log_lines):
     """One HTML page that needs nothing else: table, curves of stage 2, trade-off, answers. It holds the private facts.
 
     metrics: what metrics.json holds; sets: {set: samples}; results: {stage: {set: (metrics, responses)}}; log_lines:
-    the dicts of log.jsonl; compare: other methods, dicts of "name", "forget" and "retain" (fact recall, 0..1).
+    the dicts of log.jsonl.
     """
     def percent(stage, name, column="fact_recall"):
         value = metrics[stage].get(name, {}).get(column)
@@ -883,7 +883,7 @@ Of the facts to keep, it told {percent("before", "retain")} and now tells {perce
 <p class="note">Steered: after stage 1; after: after stage 2. Percentages, but for <i>context</i> (does the refusal name
 what was asked and reveal nothing? 0 to 5) and <i>natural</i> (language alone, 1 to 5). <i>Halluc.</i>: neither the
 fact nor a refusal.</p>
-<h2>Learning and trade-off</h2><div class="grid">{curves(log_lines)}{trade_off(metrics, compare or [])}</div>
+<h2>Learning and trade-off</h2><div class="grid">{curves(log_lines)}{trade_off(metrics)}</div>
 <h2>Answers</h2><p class="note">Marked by what is said after unlearning. What went wrong comes first, then some of the
 rest, drawn at random.</p>
 {answers}</body></html>
@@ -921,31 +921,34 @@ def curves(log_lines):
     return "".join(figures)
 
 
-def trade_off(metrics, compare):
-    """Retain recall over forget recall: the path of this run, and other methods."""
-    recall = lambda stage, name: metrics[stage].get(name, {}).get("fact_recall", math.nan)
-    rows = [(stage, recall(stage, "forget"), recall(stage, "retain")) for stage in STAGES]
-    rows += [(row["name"], row["forget"], row["retain"]) for row in compare]
-    rows = [(name, 100 * x, 100 * y) for name, x, y in rows if math.isfinite(x + y)]
+def trade_off(metrics):
+    """Retain recall over forget recall: the path of this run, and all methods of a comparison that was made before."""
+    recall = lambda found, name: found.get(name, {}).get("fact_recall", math.nan)
+    found = {stage: metrics[stage] for stage in STAGES} | metrics["baselines"]
+    rows = [(name, 100 * recall(sets, "forget"), 100 * recall(sets, "retain")) for name, sets in found.items()]
+    rows = [row for row in rows if math.isfinite(row[1] + row[2])]
 
     def draw(place):
         spots = sorted(((name, *place(x, y)) for name, x, y in rows), key=lambda spot: spot[2])
-        taken = [(x - 5, x + 5, y) for _, x, y in spots]
         path = joined(place(x, y) for name, x, y in rows if name in STAGES)
         lines, labels = [f'<polyline class="s0" points="{path}"/>'], []
-        for name, x, y in spots:        # a label moves up or down until it covers nothing
-            side, style = (-1, "end") if x > 200 else (1, "start")
-            left, right = sorted((x + 12 * side, x + (12 + 6 * len(name)) * side))
-            level = next(at for shift in range(999) for at in (y + shift, y - shift) if at > 18 and not any(
-                left < b and a < right and abs(at - other) < 11 for a, b, other in taken))
-            taken.append((left, right, level))
-            lines.append(f'<polyline class="link" points="{joined([(x, y), (x + 11 * side, level)])}"/>')
-            labels.append(f'<circle class="{"own" if name in STAGES else "other"}" cx="{x:.1f}" cy="{y:.1f}"/>'
-                          f'<text class="{style}" x="{x + 13 * side:.1f}" y="{level + 3:.1f}">{escape(name)}</text>')
+
+        def column(near, at, style, top):       # the labels of spots that lie near each other, in the order of these
+            top, side = max(30, min(top, 220 - 10 * (len(near) - 1))), 2 if style == "end" else -2
+            for i, (name, x, y) in enumerate(near):
+                lines.append(f'<polyline class="link" points="{joined([(x, y), (at + side, top + 10 * i)])}"/>')
+                labels.append(f'<circle class="{"own" if name in STAGES else "other"}" cx="{x:.1f}" cy="{y:.1f}"/>'
+                              f'<text class="{style}" x="{at:.1f}" y="{top + 10 * i + 3:.1f}">{escape(name)}</text>')
+
+        left, middle, right = ([spot for spot in spots if low <= spot[1] < high] for low, high in ((0, 200), (200, 370), (370, 400)))
+        column(left, max([x for _, x, _ in left], default=0) + 13, "start", sum(y for *_, y in left) / max(1, len(left)) - 5 * len(left))
+        column(middle, 282, "start", max([y for *_, y in middle], default=0) + 18)
+        column(right, 374, "end", 0)
         return "".join(lines + labels)
 
     limits = (0, 100), (min([80, *(y for *_, y in rows)]), 100)
-    labels = "upper left is best", "forget recall, %", "retain recall, %"
+    keys = "upper left is best" + "; rings: means over the seeds of --compare" * bool(metrics["baselines"])
+    labels = keys, "forget recall, %", "retain recall, %"
     return figure("Trade-off", *labels, *limits, draw) if rows else ""
 
 

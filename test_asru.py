@@ -1091,7 +1091,8 @@ def test_report_is_one_safe_page(tmp_path):
     asked = [{"question": f"{i} {hostile}", "answer": "In Lisbon.", "fact": "Lisbon", "image": str(tmp_path / "big.png")} for i in range(3)]
     said = {"before": ["Lisbon."] * 3, "steered": [hostile] * 3, "after": ["I do not know that.", "Lisbon.", "In Oslo."]}
     results = {stage: {"forget": (score(asked, said[stage]), said[stage])} for stage in STAGES}
-    metrics = {"config": {"model": hostile, "forget": "f.json", "seed": 0}, **{stage: {"forget": results[stage]["forget"][0]} for stage in STAGES}}
+    metrics = {"config": {"model": hostile, "forget": "f.json", "seed": 0}, "baselines": {},
+               **{stage: {"forget": results[stage]["forget"][0]} for stage in STAGES}}
     steps = [{"stage": 1}, *({"stage": 2, "step": i, "reward": i / 9, "kl": 0.0} for i in range(1, 9))]
     for log, figures in (([], 0), (steps, 2)):                              # reward and KL; there are no refusal rates
         found, texts = [], []
@@ -1108,8 +1109,8 @@ def test_report_is_one_safe_page(tmp_path):
         assert all(src.startswith("data:image/jpeg;base64,") and len(src) < 10_000 for src in pictures) and len(pictures) == 3
         assert Image.open(io.BytesIO(base64.b64decode(pictures[0].split(",")[1]))).size == (256, 171)
         assert not any(name in ("href", "onload", "onerror") for _, attrs in found for name in attrs)
-    page = report(metrics | {stage: {**metrics[stage], "retain": {"fact_recall": 0.9}} for stage in STAGES}, {}, results, [],
-                  [{"name": "<ga>", "forget": 0.5, "retain": 0.25}])
+    metrics["baselines"] = {"<ga>": {"forget": {"fact_recall": 0.5}, "retain": {"fact_recall": 0.25}}}
+    page = report(metrics | {stage: {**metrics[stage], "retain": {"fact_recall": 0.9}} for stage in STAGES}, {}, results, [])
     assert page.count("<circle") == 4 and "&lt;ga&gt;</text>" in page
 
 
@@ -2411,6 +2412,24 @@ def test_other_methods_through_the_command(tmp_path, monkeypatch):
         row.pop("attacks", 0)
         assert {"effectiveness", "forget", "retain", "context", "seconds"} <= set(row) <= {"effectiveness", *asru.FIGURES, "quality", "seconds"}
         assert all(x["low"] <= x["mean"] <= x["high"] for name, x in row.items() if name != "seconds")
+    report = json.loads((tmp_path / "out/compare.json").read_text())["rows"]
+    metrics = asru.main([*argv, "--skip-rl"])                       # shown beside a run of the same model and samples alone
+    assert list(metrics["baselines"]) == list(report) and (tmp_path / "out/report.html").read_text().count("<circle") == 3 + len(report)
+    told = metrics["baselines"]["ga, utility"]
+    assert told["forget"]["fact_recall"] == report["ga, utility"]["forget"]["mean"] > 0
+    assert told["unseen"]["refusal_rate"] == report["ga, utility"]["unseen"]["mean"]
+    assert told["retain"]["fact_recall"] == pytest.approx(
+        report["ga, utility"]["retain"]["mean"] * metrics["before"]["retain"]["fact_recall"], abs=1e-12)
+    os.replace(tmp_path / "out/compare.json", tmp_path / "compare.json")
+    assert asru.main([*argv, "--skip-rl"])["baselines"] == metrics["baselines"]
+    other = json.loads((tmp_path / "test.json").read_text())
+    (tmp_path / "test.json").write_text(json.dumps(other[:-1]))
+    assert asru.main([*argv, "--skip-rl"])["baselines"] == {}
+    (tmp_path / "test.json").write_text(json.dumps(other))
+    damaged = json.loads((tmp_path / "compare.json").read_text())
+    (tmp_path / "compare.json").write_text(json.dumps({**damaged, "rows": {"ga": {"forget": 0}}}))
+    with pytest.raises(SystemExit, match="2"):
+        asru.main([*argv, "--skip-rl"])
     found = asru.main([*argv, "--sweep"])
     assert [{**cell, "layer": 0} for cell in found["cells"][::2]] == 4 * [{**found["before"], "layer": 0}]
 
