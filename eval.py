@@ -943,7 +943,7 @@ def trade_off(metrics):
         left, middle, right = ([spot for spot in spots if low <= spot[1] < high] for low, high in ((0, 200), (200, 370), (370, 400)))
         column(left, max([x for _, x, _ in left], default=0) + 13, "start", sum(y for *_, y in left) / max(1, len(left)) - 5 * len(left))
         column(middle, 282, "start", max([y for *_, y in middle], default=0) + 18)
-        column(right, 374, "end", 0)
+        column(right, 374, "end", min([y for *_, y in right], default=0))
         return "".join(lines + labels)
 
     limits = (0, 100), (min([80, *(y for *_, y in rows)]), 100)
