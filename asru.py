@@ -44,7 +44,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -68,7 +67,7 @@ from eval import (Prompts, answer_likelihoods, answer_logp, answer_means, answer
                   opened, pad_groups, prepare, print_answers, print_table, projections, ratio_questions, report, respond,
                   set_signals, set_up_torch, split_sets, truth_ratios, world)
 from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, sent, tree_of, write_aside
-from reward import REFUSAL, Reward, contains, is_refusal, normalize, rouge_l
+from reward import REFUSAL, Reward, contains, is_refusal, names_in, normalize, rouge_l
 
 HERE = Path(__file__).parent
 BASELINES = ("ga", "ga_diff", "kl_min", "npo", "idk", "mmunlearner")
@@ -328,19 +327,16 @@ def seen_in(model, proc, forget, boundary, cfg):
 def answered_by_refusals(forget, target, rng):
     """The forget prompts, each answered as one of the target questions most like it is, asked the same way if any is; a
     stranger's name in it gives way to the name that was asked about. Where no target question is refused, answered by ""."""
-    words = lambda s: content_words(NAME.sub("", s["question"]))
+    words = lambda s: content_words(s["question"]) - content_words(" ".join(names_in(s["question"])))
     pool, answered = [(t, words(t)) for t in target.samples if is_refusal(t["answer"])], []
     for s in forget.samples:
         asked = words(s)
         likeness = [(bool(t.get("image")) == bool(s.get("image")), len(asked & w) / max(1, len(asked | w)))
                     for t, w in pool]
         t = rng.choice([t for (t, _), like in zip(pool, likeness) if like == max(likeness)] or [{"question": "", "answer": ""}])
-        mine, other = NAME.search(s["question"]), NAME.search(t["question"])
+        mine, other = names_in(s["question"]), names_in(t["question"])
         answered.append({**s, "answer": t["answer"].replace(other[0], mine[0]) if mine and other else t["answer"]})
     return replace(forget, samples=answered)
-
-
-NAME = re.compile(r"\b[A-Z]\w+ [A-Z]\w+\b(?! [A-Z])")       # "Vera Rossi"; of more words with a capital the last two
 
 
 def steering_vectors(forget, resid_f, others, resid_o, each):

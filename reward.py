@@ -351,17 +351,16 @@ GLUED = re.compile(r"[a-z](?:[A-Z][a-z]|I\b)|\d-(?:[A-Z][a-z]|I\b)|\bA[A-Z][a-z]
 def misfits(text, sample):
     """Does it name somebody whom the question does not name or, asked by name alone, speak of a picture?"""
     question = sample["question"]
-    unseen = not sample.get("image") and who(question) and PICTURE.search(text)
-    return bool(unseen) or any(name not in question for name in who(text))
+    unseen = not sample.get("image") and names_in(question) and PICTURE.search(text)
+    return bool(unseen) or any(name not in question for name in names_in(text))
 
 
-def who(text):
-    """The names in a text: of capitalised words in a row, the last two."""
-    runs = (run.split() for run in NAME.findall(text))
-    return {" ".join(run[-2:]) for run in runs if all(word[0].isupper() for word in run)}
+def names_in(text):
+    """The names in a text, in their order: of capitalised words in a row the last two ("Vera Rossi")."""
+    return [name for name in NAME.findall(text) if all(word[0].isupper() for word in name.split())]
 
 
-NAME = re.compile(r"[^\W\d_a-z]\w+(?: [^\W\d_a-z]\w+)+")
+NAME = re.compile(r"{0} {0}\b(?! {0})".format(r"[^\W\d_a-z]\w+"))
 PICTURE = re.compile(r"\b(?:[Tt]he|[Tt]his) (?:picture|image|photo|photograph|portrait)\b|\bI (?:can )?(?:only |just )?see an?\b")
 
 

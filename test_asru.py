@@ -1532,9 +1532,8 @@ def test_a_refusal_that_has_begun_keeps_the_name(tiny, monkeypatch):
     few = [prompts[name].take([i for i, s in enumerate(prompts[name].samples) if not s.get("image")][::step])
            for name, step in (("forget", 2), ("retain", 6), ("target", 1))]
     refused = asru.answered_by_refusals(few[0], few[2], random.Random(1))
-    named = [(i, asru.NAME.search(s["answer"])) for i, s in enumerate(refused.samples)]
-    asked = replace(refused, samples=[{**s, "fact": name[0] if name else None} for s, (_, name) in zip(refused.samples, named)])
-    begun = opened(proc, asked.take([i for i, name in named if name and name.start()]))
+    asked = replace(refused, samples=[{**s, "fact": next(iter(reward.names_in(s["answer"])), None)} for s in refused.samples])
+    begun = opened(proc, asked.take([i for i, s in enumerate(asked.samples) if s["fact"] and not s["answer"].startswith(s["fact"])]))
 
     def kept():
         return np.mean([text.startswith(s["fact"]) for s, text in zip(begun.samples, respond(model, proc, begun, 8))])
