@@ -290,23 +290,24 @@ def collect_activations(model, prompts, layer, cfg, proc=None):
     F, D = model.cfg.text.intermediate_size, model.cfg.text.hidden_size
     keys, resid, inside = ([torch.empty(0, n, dtype=torch.double, device=model.device)] for n in (F, D, F))
     end = list(model.cfg.eos_token_ids[:1])
-    for rows in chunks(range(len(prompts)), cfg.eval_batch):
-        batch = prompts.batch(rows, model.device)
-        P = batch.input_ids.shape[1]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))       # like lengths share a batch
+    for rows in chunks(order, cfg.eval_batch):
         answers = [[proc.plain(prompts.samples[i]["answer"])[:cfg.hold] + end] if proc and cfg.hold else [end] for i in rows]
-        tokens, keep = (x[:, 0] for x in pad_groups(answers, model.device))     # (B, C)
-        fed = keep[:, 1:]                                                   # (B, C - 1) the last token is never read
+        tokens, keep = pad_groups(answers, "cpu")                         # (B, 1, C) the last token is never read
+        tree, place = model.tree(prompts.batch(rows, "cpu"), tokens, keep)
+        last, within = (sent(found, model.device) for found in (place[:, 0, 0], place[:, 0, 1:][keep[:, 0, 1:]]))
 
         def record(value, site, index):
-            if index == layer:          # left padding: the last slot of the prompts is the last token of each
-                (keys if site == "mlp_inner" else resid).append(value[:, P - 1].double())
+            if index == layer:          # all tokens, (1, N, ...), or those alone that `place` numbers
+                wanted = value[0] if value.shape[1] == len(tree.packing.wanted) else value[0, tree.packing.wanted]
+                (keys if site == "mlp_inner" else resid).append(wanted[last].double())
                 if site == "mlp_inner":
-                    inside.append(value[:, P:][fed].double())
+                    inside.append(wanted[within].double())
             return value
 
-        model(replace(batch, input_ids=torch.cat([batch.input_ids, tokens[:, :-1]], 1),
-                      attention_mask=torch.cat([batch.attention_mask, fed.long()], 1)), hook=record)
-    return torch.cat(keys), torch.cat(resid), torch.cat(inside)
+        model(tree, hook=record)
+    back = torch.tensor(order, dtype=torch.long).argsort().to(model.device)
+    return torch.cat(keys)[back], torch.cat(resid)[back], torch.cat(inside)
 
 
 def seen_in(model, proc, forget, boundary, cfg):
@@ -333,7 +334,8 @@ def answered_by_refusals(forget, target, rng):
         asked = words(s)
         likeness = [(bool(t.get("image")) == bool(s.get("image")), len(asked & w) / max(1, len(asked | w)))
                     for t, w in pool]
-        t = rng.choice([t for (t, _), like in zip(pool, likeness) if like == max(likeness)] or [{"question": "", "answer": ""}])
+        most = max(likeness, default=None)
+        t = rng.choice([t for (t, _), like in zip(pool, likeness) if like == most] or [{"question": "", "answer": ""}])
         mine, other = names_in(s["question"]), names_in(t["question"])
         answered.append({**s, "answer": t["answer"].replace(other[0], mine[0]) if mine and other else t["answer"]})
     return replace(forget, samples=answered)

@@ -1390,7 +1390,10 @@ class Processor:
 
     def decode(self, tokens, begun=""):
         """(n, T) token ids -> n texts without special tokens. begun: what stands before them."""
-        return [(begun + text).strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        rows = [tuple(row) for row in tokens.tolist()]
+        alike = list(dict.fromkeys(rows))       # most samples of a prompt say the same
+        said = dict(zip(alike, self.tokenizer.batch_decode(alike, skip_special_tokens=True)))
+        return [(begun + said[row]).strip() for row in rows]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, offline=False):
