@@ -791,7 +791,7 @@ def visible(segments, cache, repeat, dtype):
     mine = (seen[:, None, :] & segments[:, :, None]) != 0                   # (B, T, S)
     slot = torch.arange(past + T, device=segments.device)
     sees = mine & (slot[None, :] <= slot[past:, None])
-    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -torch.inf)
+    mask = torch.full(sees.shape, -torch.inf, dtype=dtype, device=sees.device).masked_fill_(sees, 0.0)
     return mask[:, None].repeat(1, 1, repeat, 1)
 
 

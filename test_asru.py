@@ -1373,6 +1373,27 @@ def test_solve_redirection_hits_and_spares():
     assert torch.allclose(keys[:3] @ dW.T, shift, atol=1e-9) and (keys[3:] @ dW.T).abs().max() < 1e-9
 
 
+def test_activations_are_those_of_each_prompt_alone(tiny):
+    """Of prompts short and long, in their order: what a pass of one prompt and its answer, unpacked, has at the same tokens."""
+    model, proc, data, prompts = tiny()
+    mixed = [i for pair in zip(range(0, 40, 4), range(719, 679, -4)) for i in pair]        # with pictures and in words alone
+    some, cfg, seen = prompts["forget"].take(mixed), asru.Config(hold=3, eval_batch=7), {}
+    assert len({len(row) for row in some.tokens}) > 4 and mixed != sorted(mixed)
+    for layer in (1, 3):
+        inside = []
+        keys, resid, held = asru.collect_activations(model, some, layer, cfg, proc)
+        for i, s in enumerate(some.samples):
+            answer = torch.tensor([proc.plain(s["answer"])[:3]])
+            alone = some.batch([i], "cpu")
+            model(replace(alone, input_ids=torch.cat([alone.input_ids, answer], 1), attention_mask=None),
+                  hook=lambda value, site, index: seen.update({(site, index): value.detach().double()}) or value)
+            P, key = alone.input_ids.shape[1], seen["mlp_inner", layer][0]
+            assert torch.allclose(keys[i], key[P - 1], atol=1e-4) and torch.allclose(resid[i], seen["resid", layer][0, P - 1], atol=1e-4)
+            inside += key[P:]
+        inside, distance = torch.stack(inside), torch.cdist(torch.stack(inside), held)
+        assert held.shape == inside.shape and distance.amin(0).max() < 1e-3 and distance.amin(1).max() < 1e-3      # in any order
+
+
 def test_redirect_changes_one_matrix_and_moves_what_it_says(tiny):
     """Only one down_proj changes, and the residual stream itself moves by what the report says (a second measurement)."""
     model, proc, data, prompts = tiny()
