@@ -50,7 +50,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial, partialmethod
+from functools import cache, partial, partialmethod
 from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -292,8 +292,8 @@ def collect_activations(model, prompts, layer, cfg, proc=None):
     end = list(model.cfg.eos_token_ids[:1])
     order = sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))       # like lengths share a batch
     for rows in chunks(order, cfg.eval_batch):
-        answers = [[proc.plain(prompts.samples[i]["answer"])[:cfg.hold] + end] if proc and cfg.hold else [end] for i in rows]
-        tokens, keep = pad_groups(answers, "cpu")                         # (B, 1, C) the last token is never read
+        answers = proc.plain([prompts.samples[i]["answer"] for i in rows]) if proc else [[]] * len(rows)
+        tokens, keep = pad_groups([[answer[:cfg.hold] + end] for answer in answers], "cpu")     # (B, 1, C) the last is never read
         tree, place = model.tree(prompts.batch(rows, "cpu"), tokens, keep)
         last, within = (sent(found, model.device) for found in (place[:, 0, 0], place[:, 0, 1:][keep[:, 0, 1:]]))
 
@@ -328,14 +328,17 @@ def seen_in(model, proc, forget, boundary, cfg):
 def answered_by_refusals(forget, target, rng):
     """The forget prompts, each answered as one of the target questions most like it is, asked the same way if any is; a
     stranger's name in it gives way to the name that was asked about. Where no target question is refused, answered by ""."""
-    words = lambda s: content_words(s["question"]) - content_words(" ".join(names_in(s["question"])))
+    words = lambda s: frozenset(content_words(s["question"]) - content_words(" ".join(names_in(s["question"]))))
     pool, answered = [(t, words(t)) for t in target.samples if is_refusal(t["answer"])], []
-    for s in forget.samples:
-        asked = words(s)
-        likeness = [(bool(t.get("image")) == bool(s.get("image")), len(asked & w) / max(1, len(asked | w)))
-                    for t, w in pool]
+
+    @cache
+    def nearest(asked, pictured):       # many ask about their person in the same words
+        likeness = [(bool(t.get("image")) == pictured, len(asked & w) / max(1, len(asked | w))) for t, w in pool]
         most = max(likeness, default=None)
-        t = rng.choice([t for (t, _), like in zip(pool, likeness) if like == most] or [{"question": "", "answer": ""}])
+        return [t for (t, _), like in zip(pool, likeness) if like == most] or [{"question": "", "answer": ""}]
+
+    for s in forget.samples:
+        t = rng.choice(nearest(words(s), bool(s.get("image"))))
         mine, other = names_in(s["question"]), names_in(t["question"])
         answered.append({**s, "answer": t["answer"].replace(other[0], mine[0]) if mine and other else t["answer"]})
     return replace(forget, samples=answered)

@@ -303,7 +303,8 @@ def answer_logp(model, proc, prompts, rows, answers=None):
 def answer_tokens(model, proc, answers):
     """B lists of G texts -> tokens and keep, (B, G, C) each; an end token behind every text."""
     end = list(model.cfg.eos_token_ids[:1])
-    return pad_groups([[proc.plain(text) + end for text in group] for group in answers], model.device)
+    ids = iter(proc.plain([text for group in answers for text in group]))
+    return pad_groups([[next(ids) + end for _ in group] for group in answers], model.device)
 
 
 def answer_means(logp, keep):
@@ -657,14 +658,14 @@ def opened(proc, prompts):
 
     What they have said so far is the sample's "begun".
     """
-    begun, samples = {}, []
-    for i, s in enumerate(prompts.samples):
+    samples, tokens = [], []
+    for s, row in zip(prompts.samples, prompts.tokens):
         place = s.get("fact") and re.search(re.escape(s["fact"]), s["answer"], re.IGNORECASE)
         if words := s["answer"][:place.start()].rstrip() if place else "":
-            more = prompts.tokens[i].new_tensor(proc.plain(words))
-            begun[i] = torch.cat([prompts.tokens[i], more])
             samples.append({**s, "begun": words})
-    return replace(prompts, samples=samples, tokens=list(begun.values()))
+            tokens.append(row)
+    said = proc.plain([s["begun"] for s in samples])
+    return replace(prompts, samples=samples, tokens=[torch.cat([row, row.new_tensor(more)]) for row, more in zip(tokens, said)])
 
 
 def rounded(weight, bits, group=None):

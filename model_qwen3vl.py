@@ -1329,8 +1329,8 @@ class Processor:
 
     def tokens(self, conversations, grids, add_generation_prompt=True):
         """The text half: chats and the grids (1, h, w) of their pictures -> Batch without pixels."""
-        rows = []
-        for chat, row in zip(conversations, grids):
+        pieces = []                 # of all chats: (number of the chat, whether somebody typed it, text)
+        for number, (chat, row) in enumerate(zip(conversations, grids)):
             chat, typed = self._set_aside_typed_tokens(chat)
             text = self.tokenizer.apply_chat_template(chat, tokenize=False,
                                                       add_generation_prompt=add_generation_prompt)
@@ -1339,12 +1339,14 @@ class Processor:
                 raise ValueError(f"the chat has {len(row)} pictures but its text has {len(rest)} {IMAGE_PAD}")
             for (_, h, w), part in zip(row, rest):
                 head += IMAGE_PAD * (h * w // self.merge**2) + part
-            ids = []
             for piece in re.split(f"({MARK}[0-9]+{MARK})", head):
-                plain = piece.startswith(MARK) and piece.strip(MARK).isdigit()
-                ids += self.plain(typed[int(piece.strip(MARK))]) if plain else \
-                    self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-            rows.append(ids)
+                mark = piece.startswith(MARK) and piece.strip(MARK).isdigit()
+                pieces.append((number, mark, typed[int(piece.strip(MARK))] if mark else piece))
+        # In one call, which takes a fraction of the time of many.
+        read = iter(self.tokenizer([text for _, mark, text in pieces if not mark], add_special_tokens=False)["input_ids"])
+        rows = [[] for _ in conversations]
+        for number, mark, text in pieces:
+            rows[number] += self.plain(text) if mark else next(read)
         T = max(map(len, rows))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (T - len(row)) + row for row in rows])                  # (B, T)
@@ -1353,8 +1355,8 @@ class Processor:
         return Batch(ids, mask, image_grid_thw=torch.tensor(flat) if flat else None)
 
     def plain(self, text):
-        """Token ids of a text as it is: what spells a special token in it is text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """Token ids of a text, or of each of several, as it is: what spells a special token in it is text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
     def _set_aside_typed_tokens(self, chat):
         """Texts that spell a special token are text: they must not open a turn or a picture.
@@ -1390,10 +1392,7 @@ class Processor:
 
     def decode(self, tokens, begun=""):
         """(n, T) token ids -> n texts without special tokens. begun: what stands before them."""
-        rows = [tuple(row) for row in tokens.tolist()]
-        alike = list(dict.fromkeys(rows))       # most samples of a prompt say the same
-        said = dict(zip(alike, self.tokenizer.batch_decode(alike, skip_special_tokens=True)))
-        return [(begun + said[row]).strip() for row in rows]
+        return [(begun + text).strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, offline=False):

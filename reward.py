@@ -65,7 +65,8 @@ class Reward:
         twins: per prompt the place of its twin among the Q, or None.
         """
         prompts = list(zip(responses, samples, roles))
-        table, decided = ([each(group, lambda text: rule(text, s, role)) for group, s, role in prompts] for rule in (table_reward, decision))
+        table = [[table_reward(text, s, role) for text in group] for group, s, role in prompts]
+        decided = [[decision(text, s, role) for text in group] for group, s, role in prompts]
         conflict = [conflicts(decided[q], [] if twin is None else decided[twin]) for q, twin in enumerate(twins)]
         same = [repeats(group) if role != "retain" else [0.0] * len(group) for group, _, role in prompts]
         rewards = [[t - self.consistency * c - self.rigidity * d for t, c, d in zip(*rows)]
@@ -74,12 +75,6 @@ class Reward:
         terms = {name: sum(map(sum, rows)) / number
                  for name, rows in (("table", table), ("consistency", conflict), ("rigidity", same))}
         return rewards, terms
-
-
-def each(group, rule):
-    """What a rule says of every text; most of a group say the same, which is read once."""
-    said = {text: rule(text) for text in dict.fromkeys(group)}
-    return [said[text] for text in group]
 
 
 def table_reward(text, sample, role):
