@@ -289,13 +289,12 @@ def collect_activations(model, prompts, layer, cfg, proc=None):
     """
     F, D = model.cfg.text.intermediate_size, model.cfg.text.hidden_size
     keys, resid, inside = ([torch.empty(0, n, dtype=torch.double, device=model.device)] for n in (F, D, F))
-    end = list(model.cfg.eos_token_ids[:1])
     order = sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))       # like lengths share a batch
     for rows in chunks(order, cfg.eval_batch):
         answers = proc.plain([prompts.samples[i]["answer"] for i in rows]) if proc else [[]] * len(rows)
-        tokens, keep = pad_groups([[answer[:cfg.hold] + end] for answer in answers], "cpu")     # (B, 1, C) the last is never read
+        tokens, keep = pad_groups([[answer[:cfg.hold] + [0]] for answer in answers], "cpu")     # (B, 1, C) a last token is not read
         tree, place = model.tree(prompts.batch(rows, "cpu"), tokens, keep)
-        last, within = (sent(found, model.device) for found in (place[:, 0, 0], place[:, 0, 1:][keep[:, 0, 1:]]))
+        last, within = (sent(found, model.device) for found in (place[:, 0, 0], place[:, 0, 1:][keep[:, 0, 1:]]))   # (B,), (b_a,)
 
         def record(value, site, index):
             if index == layer:          # all tokens, (1, N, ...), or those alone that `place` numbers
