@@ -51,7 +51,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial, partialmethod
-from itertools import chain, cycle
+from itertools import chain, cycle, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,39 +223,42 @@ def asru(model, proc, data, cfg, log, shared=None):
 
 
 @torch.no_grad()
-def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
+def redirect(model, proc, forget, boundary, target, layer, cfg, seen=None):
     """Stage 1: change layers[layer].mlp.down_proj in place. Returns what it changed and what moved how far, in units of |v|.
 
     forget, boundary, target, seen: Prompts; of seen (`seen_in`) what lies inside the answers is held.
     Changed: "dW" (D, F) and the mean v (D,) of each place and way of asking, "v_picture", "v_words", "v_begun_picture",
     "v_begun_words".
     """
-    keys_t, resid_t, inside_t = collect_activations(model, target, layer, cfg, proc)        # (n_t, F), (n_t, D), (n_a, F)
-    refused = answered_by_refusals(forget, target, random.Random(cfg.seed))
-    places, edit, moves, held = [("", cfg.strength, refused, boundary)], {}, [], []
-    inside = [collect_activations(model, seen, layer, cfg, proc)[2]]
-    if cfg.begun and len(begun := opened(proc, forget)):
-        places.append(("_begun", cfg.strength * cfg.strength_begun, begun, opened(proc, boundary)))
-    for place, _, f, r in places:
-        rest = None if place else proc              # of an answer that has begun the rest is left alone
-        keys_f, resid_f, refusals = collect_activations(model, f, layer, cfg, rest)         # (n_f, F), (n_f, D), (n_a, F)
-        kinds = [(part, *collect_activations(model, part, layer, cfg, rest)) for part in by_kind(r)]
-        held.append([keys for _, keys, _, _ in kinds])                      # (n_r, F)
-        inside += [refusals, *(keys for *_, keys in kinds)]                 # (n_a, F)
-        others, resid_o = target.samples, resid_t
-        if place and len(r):                # where everybody's fact comes next: their mean is nobody's
-            others, resid_o = [s for part, *_ in kinds for s in part.samples], torch.cat([resid for _, _, resid, _ in kinds])
-        direction, means = steering_vectors(f.samples, resid_f, others, resid_o, cfg.each)
-        moves.append((keys_f, direction))
+    opening = lambda prompts: opened(proc, prompts) if cfg.begun else prompts.take([])
+    parts = {"forget": answered_by_refusals(forget, target, random.Random(cfg.seed)), "forget_begun": opening(forget),
+             "retain": boundary, "retain_begun": opening(boundary), "target": target, "seen": seen or forget.take([])}
+    asked = sum(parts.values(), forget.take([]))
+    keys, resid, inside = collect_activations(model, asked, layer, cfg, proc)       # (n, F), (n, D), n times (n_a, F)
+    number = iter(range(len(asked)))
+    rows = {name: [next(number) for _ in part.samples] for name, part in parts.items()}
+    within = lambda rows: torch.cat([keys[:0], *(inside[i] for i in rows)])
+    answers = [within(rows["seen"]), within(rows["forget"]), *map(within, by_kind(asked, rows["retain"]))]
+    places, moves, held, edit = [], [], [], {}
+    for place, strength in (("", cfg.strength), ("_begun", cfg.strength * cfg.strength_begun)):
+        f, r = rows["forget" + place], rows["retain" + place]
+        if not f:
+            continue
+        others = r if place and r else rows["target"]       # where everybody's fact comes next, their mean is nobody's
+        samples_f, samples_o = ([asked.samples[i] for i in some] for some in (f, others))
+        direction, means = steering_vectors(samples_f, resid[f], samples_o, resid[others], cfg.each)
+        places.append((place, strength))
+        moves.append((keys[f], direction))                                  # (n_f, F), (n_f, D)
+        held.append([keys[kind] for kind in by_kind(asked, r)])             # (n_r, F) each
         edit |= {f"v{place}{way}": v for way, v in means.items()}
-    shifts = [(keys, strength * direction) for (_, strength, *_), (keys, direction) in zip(places, moves)]
-    kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, inside)]          # to give 0: this weighs them
-    update = solve_redirection(shifts, [*kept, keys_t, inside_t], cfg.ridge)        # (D, F)
+    shifts = [(keys, strength * direction) for (_, strength), (keys, direction) in zip(places, moves)]
+    kept = [cfg.weight_retain**0.5 * keys for keys in chain(*held, answers)]        # to give 0: this weighs them
+    update = solve_redirection(shifts, [*kept, keys[rows["target"]], within(rows["target"])], cfg.ridge)    # (D, F)
     weight = down_proj_of(model, layer)
     weight += update.to(weight.dtype)
 
     moved = {}
-    for (place, *_), (keys_f, direction), keys_r in zip(places, moves, map(torch.cat, held)):
+    for (place, _), (keys_f, direction), keys_r in zip(places, moves, map(torch.cat, held)):
         length = direction.norm(dim=1)                                      # (n_f,) |v|
         moved_f, moved_r = keys_f @ update.T, keys_r @ update.T             # (n_f, D), (n_r, D)
         moved |= {f"direction_norm{place}": length.mean().item(),
@@ -266,10 +269,12 @@ def redirect(model, proc, forget, boundary, target, layer, cfg, seen=()):
         "target": len(target), **moved, "update_norm": update.norm().item(), "weight_norm": weight.double().norm().item()}
 
 
-def by_kind(prompts):
-    """One Prompts per kind of sample: private questions, the most, are not to outweigh what all may know."""
-    kinds = [s.get("kind") for s in prompts.samples]
-    return [prompts.take([i for i, k in enumerate(kinds) if k == kind]) for kind in dict.fromkeys(kinds or [None])]
+def by_kind(prompts, rows):
+    """These rows, a list per kind of sample: private questions, the most, are not to outweigh what all may know."""
+    kinds = {}
+    for i in rows:
+        kinds.setdefault(prompts.samples[i].get("kind"), []).append(i)
+    return list(kinds.values()) or [[]]
 
 
 def chosen_layer(model, cfg):
@@ -285,28 +290,49 @@ def chosen_layer(model, cfg):
 def collect_activations(model, prompts, layer, cfg, proc=None):
     """At the last prompt token of a layer: down_proj's input (n, F) and the residual stream (n, D), float64.
 
-    And down_proj's input at the first `hold` tokens of each prompt's own answer, (n_a, F); without proc at none.
+    And down_proj's input at the first `hold` tokens of the own answer of each, n times (n_a, F); without proc at none, nor of
+    an answer that has begun. Prompts that begin alike are a tree, in which they share the picture and more.
     """
     F, D = model.cfg.text.intermediate_size, model.cfg.text.hidden_size
-    keys, resid, inside = ([torch.empty(0, n, dtype=torch.double, device=model.device)] for n in (F, D, F))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))       # like lengths share a batch
-    for rows in chunks(order, cfg.eval_batch):
-        answers = proc.plain([prompts.samples[i]["answer"] for i in rows]) if proc else [[]] * len(rows)
-        tokens, keep = pad_groups([[answer[:cfg.hold] + [0]] for answer in answers], "cpu")     # (B, 1, C) a last token is not read
-        tree, place = model.tree(prompts.batch(rows, "cpu"), tokens, keep)
-        last, within = (sent(found, model.device) for found in (place[:, 0, 0], place[:, 0, 1:][keep[:, 0, 1:]]))   # (B,), (b_a,)
+    keys, resid = ([torch.empty(0, n, dtype=torch.double, device=model.device)] for n in (F, D))
+    inside, order = [], []
+    for trees in chunks(in_trees(prompts), max(1, cfg.eval_batch // BRANCHES)):
+        rows = [i for tree in trees for i in tree]
+        said = proc.plain([prompts.samples[i]["answer"] for i in rows]) if proc else [[]] * len(rows)
+        answers = {i: [] if "begun" in prompts.samples[i] else answer[:cfg.hold] for i, answer in zip(rows, said)}
+        begins = [os.path.commonprefix([prompts.tokens[i].tolist() for i in tree]) for tree in trees]
+        asked = [[prompts.tokens[i].tolist()[len(begin):] for i in tree] for tree, begin in zip(trees, begins)]
+        tokens, keep = pad_groups([[rest + answers[i] + [0] for i, rest in zip(*tree)]       # a last token is not read
+                                   for tree in zip(trees, asked)], "cpu")   # (B, G, C)
+        end, c = pad_groups(asked, "cpu")[1].sum(2, keepdim=True), torch.arange(keep.shape[2])          # (B, G, 1), (C,)
+        begun = replace(prompts.take([tree[0] for tree in trees]), tokens=[*map(torch.tensor, begins)])
+        tree, place = model.tree(begun.batch(range(len(begun)), "cpu"), tokens, keep)
+        last, within = (sent(place[keep & found], model.device) for found in (c == end, c > end))       # (b,), (b_a,)
+        length = [len(answers[i]) for i in rows]
+        order += rows
 
         def record(value, site, index):
             if index == layer:          # all tokens, (1, N, ...), or those alone that `place` numbers
                 wanted = value[0] if value.shape[1] == len(tree.packing.wanted) else value[0, tree.packing.wanted]
                 (keys if site == "mlp_inner" else resid).append(wanted[last].double())
                 if site == "mlp_inner":
-                    inside.append(wanted[within].double())
+                    inside.extend(wanted[within].double().split(length))
             return value
 
         model(tree, hook=record)
-    back = torch.tensor(order, dtype=torch.long).argsort().to(model.device)
-    return torch.cat(keys)[back], torch.cat(resid)[back], torch.cat(inside)
+    back = torch.tensor(order, dtype=torch.long).argsort()
+    return *(torch.cat(found)[back.to(model.device)] for found in (keys, resid)), [inside[i] for i in back.tolist()]
+
+
+def in_trees(prompts):
+    """Places of prompts of one picture, or of none, up to BRANCHES that begin alike: as `continuations` these share much."""
+    picture = lambda i: prompts.samples[i].get("image") or ""
+    order = sorted(range(len(prompts)), key=lambda i: (picture(i), prompts.tokens[i].tolist()))
+    trees = [tree for _, same in groupby(order, picture) for tree in chunks(same, BRANCHES)]
+    return sorted(trees, key=lambda tree: sum(len(prompts.tokens[i]) for i in tree))    # of like sizes together
+
+
+BRANCHES = 8        # more share more, but all of a row's tokens are compared with each other
 
 
 def seen_in(model, proc, forget, boundary, cfg):
@@ -438,11 +464,11 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
     beta, push = torch.tensor(of_role(cfg.kl * cfg.kl_forget, cfg.kl)), torch.tensor(of_role(cfg.all_wrong, 0.0))   # of the pool
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg, cfg.first_layer)
-    reference = frozen_copy(model) if cfg.kl else None
-    before = before_stage_1(reference, *unsteered) if cfg.kl and cfg.kl_before and unsteered else reference
-    references = of_role(reference, before)
+    reference, stage_1 = frozen_copy(model) if cfg.kl else None, None
+    if cfg.kl and cfg.kl_before and unsteered:
+        stage_1 = (unsteered[0], take_back(reference, *unsteered), torch.tensor(of_role(True, False)))
     if cfg.shard:
-        trained = shard(model, reference, before)
+        trained = shard(model, reference)
     exact = exactly(trained)            # what the optimizer moves
     optimizer = optimizer_of(exact, cfg.lr, cfg.weight_decay, cfg)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, cfg.lr_end, max(1, cfg.steps))
@@ -472,8 +498,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
 
         # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
-            stats = update(model, [references[row] for row in rows], optimizer, trained, pool, said, advantage, live, cfg,
-                           beta[rows])
+            stats = update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta[rows],
+                           stage_1 and (*stage_1[:2], stage_1[2][rows]))
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -558,11 +584,11 @@ def k3(logp, logp_ref):
     return q.exp() - q - 1
 
 
-def update(model, references, optimizer, trained, pool, said, advantage, live, cfg, beta=None):
+def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta=None, stage_1=None):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm.
 
-    said: a Rollout; references: Q models or None, no KL; advantage: (Q, G); live: places in it of the groups that say
-    something; beta: (Q,), or cfg.kl for all.
+    said: a Rollout; reference: a model or None, no KL; advantage: (Q, G); live: places in it of the groups that say
+    something; beta: (Q,), or cfg.kl for all; stage_1: as `response_logp` has it, of all Q prompts.
     """
     rows, tokens, keep, logp_old = said
     beta = torch.full((len(rows),), cfg.kl) if beta is None else beta
@@ -577,17 +603,13 @@ def update(model, references, optimizer, trained, pool, said, advantage, live, c
 
     def shares(heard):
         """[(microbatch, weight)]. All processes must call a sharded model as often: what lacks is done for nothing."""
-        parts = []
-        for reference in dict.fromkeys(references[q] for q in heard):
-            mine = [q for q in heard if references[q] is reference]
-            n, number = len(mine), -(-len(mine) // cfg.microbatch)
-            parts += [(mine[n * i // number:n * (i + 1) // number], 1.0) for i in range(number)]    # alike in size
+        number = -(-len(heard) // cfg.microbatch)
+        parts = [(heard[len(heard) * i // number:len(heard) * (i + 1) // number], 1.0) for i in range(number)]   # alike in size
         return parts + [(parts[0][0], 0.0)] * (-len(parts) % world()[1] if cfg.shard else 0)
 
     def learn(share):
         part, weight = share
-        reference = references[part[0]]
-        logp, logp_ref = response_logp(model, reference, *args(part), cfg)          # (n,) n kept tokens
+        logp, logp_ref = response_logp(model, reference, *args(part), cfg, stage_1 and (*stage_1[:2], stage_1[2][part]))   # (n,) n kept tokens
         logp_then, A, weight_kl = (sent(x[keep[part]], model.device) for x in (                 # (n,)
             logp_old[part], *(y.expand(keep[part].shape) for y in (advantage[part][:, :, None], beta[part][:, None, None]))))
         logp_then = logp_then if stepped else logp.detach()                         # before a step they are the same
@@ -650,18 +672,19 @@ def accumulate_mean(mean, trained, decay, step):
         kept.lerp_(p, max(1 / step, 1 - decay))
 
 
-def response_logp(model, reference, batch, tokens, keep, cfg):
+def response_logp(model, reference, batch, tokens, keep, cfg, stage_1=None):
     """Log-probabilities of the kept response tokens under policy and reference, each (n,), in nats.
 
     Both are of the distribution that `generate` samples from; the reference is cut to the policy's nucleus, so
     that their KL is one between two distributions over the same tokens. The head works in chunks, whose logits
     are made again in backward: no (m, V) tensor outlives its chunk. What several responses begin with alike is
-    computed once, and its gradient is the sum of theirs.
+    computed once, and its gradient is the sum of theirs. stage_1: (a layer, dW (D, F), which rows (B,) bool): in these rows
+    dW is added to the reference's down_proj there.
     """
     leader, node, _ = tree_of(tokens, keep)
     number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
     tree, place = model.tree(batch, tokens, keep)
-    shared, start = 0 if reference is None else layers_shared(model, reference), None
+    shared, start, inner = 0 if reference is None else layers_shared(model, reference), None, None
 
     def record(value, site, layer):
         nonlocal start
@@ -669,11 +692,22 @@ def response_logp(model, reference, batch, tokens, keep, cfg):
             start = shared, value
         return value
 
+    def steer(value, site, layer):
+        nonlocal inner
+        if stage_1 is None or layer != stage_1[0]:
+            return value
+        if site == "mlp_inner":
+            inner = value                                                   # (1, N or M, F)
+            return value
+        place = tree.packing.pack[0] if value.shape[1] == tree.packing.pack.shape[1] else tree.packing.pack[0, tree.packing.wanted]
+        mine = sent(stage_1[2], model.device)[place // tree.segments.shape[1]]              # (N or M,)
+        return value + mine[:, None] * (inner @ stage_1[1].T)
+
     of_token, chosen, place = (sent(x, model.device) for x in (             # (n,), (m,), (m,) m nodes
         number.gather(1, leader)[keep], tokens[node], place[node]))
     hidden = model(tree, record)[0, place]                                  # (m, D)
     with torch.no_grad():
-        hidden_ref = hidden if reference is None else reference(tree, start=start)[0, place]
+        hidden_ref = hidden if reference is None else reference(tree, steer, start=start)[0, place]
 
     def head(m, hidden, chosen, **nucleus):
         return m.distribution(hidden, cfg.temperature, **nucleus).gather(1, chosen[:, None])[:, 0]      # of (m, V)
@@ -706,12 +740,12 @@ def layers_shared(model, reference):
     return [*same[:-1], False].index(False)
 
 
-def before_stage_1(reference, layer, weight):
-    """The reference with that layer's down_proj (D, F) of before stage 1; all other weights are the same in memory."""
-    shared = chain(reference.text.layers[:layer], reference.text.layers[layer + 1:], reference.parameters())
-    before = copy.deepcopy(reference, {id(x): x for x in shared})
-    before.text.layers[layer].mlp.down_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return before
+@torch.no_grad()
+def take_back(reference, layer, weight):
+    """Give the reference that layer's down_proj (D, F) of before stage 1. Returns what stage 1 has changed of it, dW (D, F)."""
+    change = down_proj_of(reference, layer) - weight
+    reference.text.layers[layer].mlp.down_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return change
 
 
 def draw_prompts(pool, roles, cfg, rng, resting):
@@ -1428,17 +1462,15 @@ def add_up_gradients(trained):
         dist.all_reduce(p.grad)
 
 
-def shard(model, reference, before):
+def shard(model, reference):
     """--shard: each process holds its part of every decoder layer (FSDP2). Returns what is trained, as its parts.
 
     A layer is put together for as long as it is computed, and its gradient added up and parted again; so every process
-    must call the model as often as any other, or within `gathered`. The one layer in which the two references differ
-    stays whole: processes may need another's at a time.
+    must call the model as often as any other, or within `gathered`.
     """
     from torch.distributed.fsdp import fully_shard      # slow to import, and for this alone
     mesh = dist.init_device_mesh(model.device.type, (world()[1],))
-    frozen = [a for a, b in zip(reference.text.layers, before.text.layers) if a is b] if reference else []
-    for layer in [*model.text.layers, *frozen]:
+    for layer in [*model.text.layers, *(reference.text.layers if reference else ())]:
         fully_shard(layer, mesh=mesh)
         layer.set_gradient_divide_factor(1.0)                       # gradients are added up,
         layer.set_force_sum_reduction_for_comms(True)               # by what every backend can do

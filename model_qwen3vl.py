@@ -462,8 +462,8 @@ class Qwen3VL(nn.Module):
         last = (torch.arange(P, device=device) == P - 1).expand(B, P)       # of left-padded rows it is a token
         hidden = self(replace(batch, **packed(batch.input_ids, PADDING - real.long(), positions, last)), cache=cache)   # (1, B, D)
         position = positions.amax((0, 2)) + 1                               # (B,)
-        rows = owner = torch.arange(B, device=device)           # prompts still decoded; the prompt of each of N nodes
-        node = rows[:, None].expand(B, G)                       # where each sample stands
+        row = prompt = torch.arange(B, device=device)           # of each of N nodes: its row of the cache, its prompt
+        node = prompt[:, None].expand(B, G)                     # where each sample stands
 
         if temperature > 0 and chance is None:
             chance = torch.rand(B, G, max_new_tokens, dtype=torch.float64, generator=generator, device=device)
@@ -471,12 +471,12 @@ class Qwen3VL(nn.Module):
         done, length = torch.zeros(B, G, dtype=torch.bool, device=device), torch.zeros((), dtype=torch.long, device=device)
         for n in range(max_new_tokens):
             # 2 Every sample draws its own next token; a finished one is padded.
-            point = None if chance is None else chance[rows[owner], :, n]   # (N, G)
+            point = None if chance is None else chance[prompt, :, n]        # (N, G)
             drawn, said = self._next_token(hidden.flatten(0, 1), temperature, top_p, point)     # (N, G), of every node
             token = drawn.expand(-1, G).gather(0, node).masked_fill(done, cfg.pad_token_id)                 # (B, G)
-            tokens[rows, :, n] = token
+            tokens[:, :, n] = token
             if logp is not None:
-                logp[rows, :, n] = said.gather(0, node)
+                logp[:, :, n] = said.gather(0, node)
             length += (~done).any()
             done = done | torch.isin(token, eos)
             if n + 1 == max_new_tokens:
@@ -486,22 +486,22 @@ class Qwen3VL(nn.Module):
             #   go on is asked each fourth step and heard one later: else the GPU would wait for the CPU meanwhile.
             if n % 4 == 2 and graph:
                 alive = later((~done).sum())
-            if graph is None or n % 4 == 3 and alive() <= len(owner) / 2:
-                graph, going = None, (~done).any(1).nonzero()[:, 0]
-                if not len(going):
+            if graph is None or n % 4 == 3 and alive() <= len(row) / 2:
+                if done.all():
                     break
-                if len(going) <= 0.75 * len(rows):      # prompts leave once enough of them do to pay for moving the rest
-                    cache.keep(going)
-                    rows, position, node, token, done = (x[going] for x in (rows, position, node, token, done))
-                own = torch.arange(node.numel(), device=device).view_as(node)
-                node, speaker, segments, packing = branch(own if captured else node * cfg.text.vocab_size + token, ~done)
-                owner = speaker // G                                        # (N,)
+                graph, at_row = None, row[node]                             # (B, G)
+                path = at_row * G + torch.arange(G, device=device) if captured else node * cfg.text.vocab_size + token
+                node, speaker = branch(path, ~done)
+                order, row, column = cache.arrange(at_row.flatten()[speaker], G if captured else None)      # (N,) each
+                node, speaker = order.argsort()[node], speaker[order]
+                prompt = speaker // G                                       # (N,)
+                segments, packing = laid_out(row, column, node, ~done)
             ids = token.flatten()[speaker]                                  # (N,)
-            shape = (1, -1) if packing else (len(rows), -1)                 # packed; as it is where nothing is to pack
-            batch = Batch(ids.view(shape), position_ids=(position[owner] + n).view(shape).expand(3, -1, -1),
+            shape = (1, -1) if packing else (len(segments), -1)             # packed; as it is where nothing is to pack
+            batch = Batch(ids.view(shape), position_ids=(position[prompt] + n).view(shape).expand(3, -1, -1),
                           segments=segments, packing=packing)
             graph = graph or (CapturedStep(self, cache, batch, max_new_tokens - n - 1) if captured else None)
-            hidden = graph(batch) if graph else self(batch, cache=cache)    # (1, N, D) or (B, W, D)
+            hidden = graph(batch) if graph else self(batch, cache=cache)    # (1, N, D) or (R, W, D)
         return tokens[:, :, :int(length)].flatten(0, 1)
 
     def _next_token(self, hidden, temperature, top_p, point):
@@ -716,24 +716,25 @@ def tree_of(tokens, keep):
 def branch(path, member):
     """The nodes of a decoding step: samples on equal paths are one.
 
-    path: (B, G), greater in a later prompt; member: (B, G) bool, who goes on. Returns the node of each sample (B, G), for
-    each of N nodes a sample that runs through it, as its place in (B * G) (N,), all who do (B, W), and their Packing, None
-    where there are B * W.
+    path: (B, G), never the same in two prompts; member: (B, G) bool, who goes on. Returns the node of each sample (B, G) and,
+    for each of N nodes, in the order of their paths, a sample that runs through it, as its place in (B * G) (N,).
     """
     found, inverse = path[member].unique(return_inverse=True)               # (N,), (members,)
-    node = torch.zeros_like(path).masked_scatter(member, inverse)           # (B, G)
-    B, G = path.shape
     place = member.flatten().nonzero()[:, 0]                                # (members,)
-    prompt, sample = place // G, place % G
-    speaker, number = torch.empty_like(found).index_put((inverse,), place), torch.arange(len(found), device=path.device)
-    owner = speaker // G
-    column = number - torch.searchsorted(owner, owner)                      # (N,) place among those of its prompt
-    W, N = int(column.max()) + 1, len(found)
-    segments = torch.zeros(B, W, dtype=torch.long, device=path.device)
-    segments = segments.index_put((prompt, column[inverse]), 2**sample, accumulate=True)            # (B, W)
-    spread = torch.zeros_like(segments).index_put((owner, column), number)
-    packing = None if N == B * W else Packing(spread, (owner * W + column)[None])
-    return node, speaker, segments.masked_fill(segments == 0, PADDING), packing
+    return torch.zeros_like(path).masked_scatter(member, inverse), torch.empty_like(found).index_put((inverse,), place)
+
+
+def laid_out(row, column, node, member):
+    """Nodes in their rows and columns, (N,) each, in that order -> the segments (R, W) of those who run through them, see
+    `branch`, and their Packing, None where there are R * W."""
+    R, W, N = int(row[-1]) + 1, int(column.max()) + 1, len(row)
+    through = node[member]                                                  # (members,)
+    sample = member.nonzero()[:, 1]
+    segments = torch.zeros(R, W, dtype=torch.long, device=row.device)
+    segments = segments.index_put((row[through], column[through]), 2**sample, accumulate=True)          # (R, W)
+    spread = torch.zeros_like(segments).index_put((row, column), torch.arange(N, device=row.device))
+    packing = None if N == R * W else Packing(spread, (row * W + column)[None])
+    return segments.masked_fill(segments == 0, PADDING), packing
 
 
 def nucleus_threshold(p, top_p, k=64):
@@ -786,8 +787,8 @@ def visible(segments, cache, repeat, dtype):
     seen = segments
     if cache is not None:
         past = cache.end
-        cache.segments[:, past:past + T] = segments
-        seen = cache.segments[:, :past + T]                                 # (B, S)
+        cache.segments[:cache.rows, past:past + T] = segments
+        seen = cache.segments[:cache.rows, :past + T]                               # (B, S)
     mine = (seen[:, None, :] & segments[:, :, None]) != 0                   # (B, T, S)
     slot = torch.arange(past + T, device=segments.device)
     sees = mine & (slot[None, :] <= slot[past:, None])
@@ -979,13 +980,13 @@ class PatchMerger(nn.Module):
 
 
 class Cache:
-    """Keys and values of earlier tokens. Samples of one prompt share its row and its prefix."""
+    """Keys and values of earlier tokens. Samples of one prompt share its row and its prefix, till they part too far."""
 
     def __init__(self, cfg, rows, dtype, device):
         self.sizes = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
         self.kind = {"dtype": dtype, "device": device}
+        self.rows, self.end = rows, 0                            # rows and slots in use; the forward moves the end on
         self.k, self.v, self.segments = self._room(rows, 0)
-        self.end = 0                                             # slots in use; the forward moves it on
 
     def _room(self, rows, slots):
         slots += -slots % 8                                      # CUDA's attention wants its masks aligned
@@ -993,28 +994,52 @@ class Cache:
         k, v = (torch.empty(L, rows, K, slots, d, **self.kind) for _ in range(2))               # (L, B, K, S, d)
         return k, v, torch.zeros(rows, slots, dtype=torch.long, device=self.kind["device"])     # (B, S) nobody's
 
+    def _grow(self, rows, slots):
+        old, R, S = (self.k, self.v, self.segments), self.rows, self.end
+        self.k, self.v, self.segments = self._room(rows, slots)
+        for new, was in zip((self.k, self.v), old):
+            new[:, :R, :, :S] = was[:, :R, :, :S]
+        self.segments[:R, :S] = old[2][:R, :S]
+
     def make_room(self, more):
         """So many more tokens will fit. It grows little by little: most groups end long before the longest answer."""
         if self.end + more > self.segments.shape[1]:
-            self._move(slice(None), max(more, ROOM))
+            self._grow(len(self.segments), self.end + max(more, ROOM))
 
-    def keep(self, rows):
-        """Drop all rows but these."""
-        self._move(rows, ROOM)
+    def arrange(self, row, most=None):
+        """A place for each of N nodes, given the row of each, (N,) rising: their order by row, and row and column of each
+        in that order, (N,) each.
 
-    def _move(self, rows, more):
-        old, used = (self.k, self.v, self.segments), self.end
-        self.k, self.v, self.segments = self._room(len(old[2][rows]), used + more)
-        for new, was in zip((self.k, self.v), old):
-            new[:, :, :, :used] = was[:, rows, :, :used]
-        self.segments[:, :used] = old[2][rows, :used]
+        Where a row has more than `most` of them, by default as many as rows have on average, those beyond go on in a copy of
+        it: all rows are computed as wide as the widest. Those in whose row no node is left are gone; others take their places.
+        """
+        first = torch.searchsorted(row, row)                                # (N,) the row's first node
+        number = torch.arange(len(row), device=row.device)
+        most = most or -(-len(row) // int((number == first).sum()))
+        column = (number - first) % most
+        lead = (column == 0).nonzero()[:, 0]                                # (R,) the first node of each row there will be
+        source, S = row[lead], self.end
+        stays = (first[lead] == lead) & (source < len(lead))
+        free = torch.ones(len(lead), dtype=torch.bool, device=row.device).index_fill(0, source[stays], False)
+        moved, places, source = free.nonzero()[:, 0], source.clone(), source[~stays]
+        places[~stays] = moved
+        if len(lead) > len(self.segments):
+            self._grow(len(lead) + len(lead) // 4, S + ROOM)
+        if len(moved):
+            for buffer in (self.k, self.v):
+                buffer[:, moved, :, :S] = buffer[:, source, :, :S]
+            self.segments[moved, :S] = self.segments[source, :S]
+        self.rows = len(lead)
+        row = places[(column == 0).cumsum(0) - 1]                           # (N,)
+        order = (row * most + column).argsort()
+        return order, row[order], column[order]
 
     def write(self, layer, k, v):
         """k, v: (B, T, K, d) of new tokens -> those of all slots up to them, (B, S, K, d)."""
         stop = self.end + k.shape[1]
         for buffer, new in ((self.k, k), (self.v, v)):
-            buffer[layer, :, :, self.end:stop] = new.transpose(1, 2)
-        return (buffer[layer, :, :, :stop].transpose(1, 2) for buffer in (self.k, self.v))
+            buffer[layer, :self.rows, :, self.end:stop] = new.transpose(1, 2)
+        return (buffer[layer, :self.rows, :, :stop].transpose(1, 2) for buffer in (self.k, self.v))
 
 
 ROOM = 48       # slots that a cache grows by
@@ -1068,7 +1093,7 @@ class CapturedStep:
         for name in self.READ:
             getattr(self.batch, name).copy_(getattr(batch, name))
         end, self.cache.end = self.cache.end, self.cache.end + batch.segments.shape[1]
-        self.cache.segments[:, end:self.cache.end] = batch.segments
+        self.cache.segments[:self.cache.rows, end:self.cache.end] = batch.segments
         self.end.fill_(end)
         self.graph.replay()
         return self.hidden
