@@ -240,6 +240,36 @@ def test_samples_that_say_the_same_are_computed_once(tiny):
     assert shared < 0.7 * sum(work) and len({tuple(row) for row in together[0].tolist()}) > 2
 
 
+def test_rows_of_the_cache_are_copied_and_dropped():
+    """By hand: two rows of six nodes make three to a row, those beyond go on in a copy, and a row without nodes is another's."""
+    cache = Cache(random_model().cfg.text, 4, torch.float32, "cpu")
+    cache.make_room(3)
+    cache.end = 3
+    for row in range(4):
+        cache.k[:, row], cache.v[:, row], cache.segments[row] = row, 10 + row, 20 + row
+    order, row, column = cache.arrange(torch.tensor([1, 1, 1, 1, 1, 3]))    # rows 0 and 2 are gone, row 1 stays
+    assert cache.rows == 3 and row.tolist() == [0, 0, 1, 1, 1, 2] and column.tolist() == [0, 1, 0, 1, 2, 0]
+    assert order.tolist() == [3, 4, 0, 1, 2, 5]
+    for at, was in enumerate((1, 1, 3)):
+        assert (cache.k[:, at, :, :3] == was).all() and (cache.v[:, at, :, :3] == 10 + was).all() and (cache.segments[at, :3] == 20 + was).all()
+
+
+def test_sampled_log_probabilities_are_those_of_a_pass_without_cache(monkeypatch):
+    """Of each token, of samples that part early and late and end early and late; rows of the cache are added and dropped."""
+    model, batch, rows, arrange = random_model(), mixed_batch(), [], Cache.arrange
+    monkeypatch.setattr(Cache, "arrange", lambda self, *args: (arrange(self, *args), rows.append(self.rows))[0])
+    B, G, n = len(batch.input_ids), 8, 24
+    object.__setattr__(model.cfg, "eos_token_ids", tuple(range(100, 112)))
+    chance, logp = torch.rand(B, G, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), torch.zeros(B, G, n)
+    chance[1:, :, :4] = chance[1:, :1, :4]          # in one prompt they part at once, in the others later
+    tokens = model.generate(batch, n, G, 1.0, chance=chance, logp=logp).view(B, G, -1)
+    ended = ((tokens >= 100) & (tokens < 112)).long()
+    keep = ended.cumsum(2) - ended == 0
+    plain = model.distribution(model.continuations(batch, tokens, keep)).gather(1, tokens[keep][:, None])[:, 0]
+    assert (logp[..., :tokens.shape[2]][keep] - plain).abs().max() < 1e-4
+    assert max(rows) > B and rows != sorted(rows) and len(keep.sum(2).unique()) > 5, rows
+
+
 def test_vision_tokens_are_never_sampled():
     """The policy that samples an image token breaks the next forward pass."""
     model, batch = random_model(tied=False), mixed_batch()
