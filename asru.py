@@ -446,7 +446,7 @@ def select_boundary(model, forget, retain, layer, cfg):
 #   q       = log p_ref(token) - log p(token)
 #   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1)
 #             beta: --kl, on forget prompts --kl-forget times that; p_ref: of the model after stage 1, with --kl-before
-#             on all but forget prompts of the one before it
+#             on all but forget prompts of the one before it: one pass, to which stage 1's change is added on these
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
@@ -464,9 +464,9 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
     beta, push = torch.tensor(of_role(cfg.kl * cfg.kl_forget, cfg.kl)), torch.tensor(of_role(cfg.all_wrong, 0.0))   # of the pool
     model.text.recompute = cfg.recompute
     trained = trainable(model, cfg, cfg.first_layer)
-    reference, stage_1 = frozen_copy(model) if cfg.kl else None, None
+    reference, steered = frozen_copy(model) if cfg.kl else None, None
     if cfg.kl and cfg.kl_before and unsteered:
-        stage_1 = (unsteered[0], take_back(reference, *unsteered), torch.tensor(of_role(True, False)))
+        steered = Steered(unsteered[0], take_back(reference, *unsteered), torch.tensor(of_role(True, False)))
     if cfg.shard:
         trained = shard(model, reference)
     exact = exactly(trained)            # what the optimizer moves
@@ -499,7 +499,7 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
         # 4 and 5 Log-probabilities of policy and reference; clipped updates.
         try:
             stats = update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta[rows],
-                           stage_1 and (*stage_1[:2], stage_1[2][rows]))
+                           steered and steered.of(rows))
         except FloatingPointError as error:
             ids = " ".join(str(pool.samples[rows[q]].get("id", rows[q])) for q in live)
             raise FloatingPointError(f"stage 2, step {step}: {error}; prompts {ids}") from None
@@ -584,11 +584,11 @@ def k3(logp, logp_ref):
     return q.exp() - q - 1
 
 
-def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta=None, stage_1=None):
+def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta=None, steered=None):
     """One optimizer step per minibatch of live groups. Returns mean loss, KL, clipped share and gradient norm.
 
     said: a Rollout; reference: a model or None, no KL; advantage: (Q, G); live: places in it of the groups that say
-    something; beta: (Q,), or cfg.kl for all; stage_1: as `response_logp` has it, of all Q prompts.
+    something; beta: (Q,), or cfg.kl for all; steered: Steered of Q prompts, or None.
     """
     rows, tokens, keep, logp_old = said
     beta = torch.full((len(rows),), cfg.kl) if beta is None else beta
@@ -609,7 +609,7 @@ def update(model, reference, optimizer, trained, pool, said, advantage, live, cf
 
     def learn(share):
         part, weight = share
-        logp, logp_ref = response_logp(model, reference, *args(part), cfg, stage_1 and (*stage_1[:2], stage_1[2][part]))   # (n,) n kept tokens
+        logp, logp_ref = response_logp(model, reference, *args(part), cfg, steered and steered.of(part))    # (n,) n kept tokens
         logp_then, A, weight_kl = (sent(x[keep[part]], model.device) for x in (                 # (n,)
             logp_old[part], *(y.expand(keep[part].shape) for y in (advantage[part][:, :, None], beta[part][:, None, None]))))
         logp_then = logp_then if stepped else logp.detach()                         # before a step they are the same
@@ -672,14 +672,13 @@ def accumulate_mean(mean, trained, decay, step):
         kept.lerp_(p, max(1 / step, 1 - decay))
 
 
-def response_logp(model, reference, batch, tokens, keep, cfg, stage_1=None):
+def response_logp(model, reference, batch, tokens, keep, cfg, steered=None):
     """Log-probabilities of the kept response tokens under policy and reference, each (n,), in nats.
 
     Both are of the distribution that `generate` samples from; the reference is cut to the policy's nucleus, so
     that their KL is one between two distributions over the same tokens. The head works in chunks, whose logits
     are made again in backward: no (m, V) tensor outlives its chunk. What several responses begin with alike is
-    computed once, and its gradient is the sum of theirs. stage_1: (a layer, dW (D, F), which rows (B,) bool): in these rows
-    dW is added to the reference's down_proj there.
+    computed once, and its gradient is the sum of theirs. steered: Steered of the rows of the batch, or None.
     """
     leader, node, _ = tree_of(tokens, keep)
     number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
@@ -694,14 +693,15 @@ def response_logp(model, reference, batch, tokens, keep, cfg, stage_1=None):
 
     def steer(value, site, layer):
         nonlocal inner
-        if stage_1 is None or layer != stage_1[0]:
+        if steered is None or layer != steered.layer:
             return value
         if site == "mlp_inner":
             inner = value                                                   # (1, N or M, F)
             return value
-        place = tree.packing.pack[0] if value.shape[1] == tree.packing.pack.shape[1] else tree.packing.pack[0, tree.packing.wanted]
-        mine = sent(stage_1[2], model.device)[place // tree.segments.shape[1]]              # (N or M,)
-        return value + mine[:, None] * (inner @ stage_1[1].T)
+        slot = tree.packing.pack[0]                                         # (N,) in (B * W)
+        slot = slot if value.shape[1] == len(slot) else slot[tree.packing.wanted]
+        mine = sent(steered.prompts, model.device)[slot // tree.segments.shape[1]]          # (N or M,)
+        return value + mine[:, None] * (inner @ steered.dW.T)
 
     of_token, chosen, place = (sent(x, model.device) for x in (             # (n,), (m,), (m,) m nodes
         number.gather(1, leader)[keep], tokens[node], place[node]))
@@ -740,9 +740,19 @@ def layers_shared(model, reference):
     return [*same[:-1], False].index(False)
 
 
+class Steered(NamedTuple):
+    """Where the reference is the model before stage 1: what stage 1 changed, and the prompts for which it has that too."""
+    layer: int
+    dW: torch.Tensor                # (D, F) of that layer's down_proj
+    prompts: torch.Tensor           # (n,) bool
+
+    def of(self, rows):
+        return self._replace(prompts=self.prompts[rows])
+
+
 @torch.no_grad()
 def take_back(reference, layer, weight):
-    """Give the reference that layer's down_proj (D, F) of before stage 1. Returns what stage 1 has changed of it, dW (D, F)."""
+    """Give the reference that layer's down_proj (D, F) of before stage 1. Returns what stage 1 had changed, (D, F)."""
     change = down_proj_of(reference, layer) - weight
     reference.text.layers[layer].mlp.down_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
     return change

@@ -1725,7 +1725,7 @@ def test_kl_counts_by_prompt(tiny, monkeypatch):
             weight.copy_(start)
     assert moved[0] == 0 < moved[1] < moved[2]
 
-    def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta, stage_1):
+    def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta, steered):
         seen.extend((pool.samples[i]["person"] in people, b) for i, b in zip(said.rows, beta.tolist()))
         return {"kl": 0.0}
 
@@ -1748,14 +1748,13 @@ def test_what_stays_is_held_to_the_model_before_stage_1(tiny, monkeypatch):
     with torch.no_grad():
         asru.down_proj_of(model, 1).add_(shift)
 
-    def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta, stage_1):
+    def update(model, reference, optimizer, trained, pool, said, advantage, live, cfg, beta, steered):
         with torch.no_grad():
             trained[0].add_(1.0)                                            # the reference is not what is trained
         people = {s["person"] for s in data["forget"]}
-        layer, change, steered = stage_1
-        seen.extend((pool.samples[i].get("person") in people, mine) for i, mine in zip(said.rows, steered.tolist()))
+        seen.extend((pool.samples[i].get("person") in people, mine) for i, mine in zip(said.rows, steered.prompts.tolist()))
         assert torch.equal(answers(reference), answers(original))
-        assert layer == 1 and (change - shift).abs().max() < 1e-6
+        assert steered.layer == 1 and (steered.dW - shift).abs().max() < 1e-6
         return {"kl": 0.0}
 
     monkeypatch.setattr(asru, "update", update)
@@ -1780,7 +1779,7 @@ def test_each_prompt_has_its_own_reference(tiny, layer):
             asru.down_proj_of(before, layer).add_(change)
         start = weight.detach().clone()
         stats = asru.update(model, before, torch.optim.SGD([weight], lr=1.0), [weight], pool, said, A, live, cfg,
-                            stage_1=mine and (layer, change, torch.tensor(mine)))
+                            steered=mine and asru.Steered(layer, change, torch.tensor(mine)))
         steps.append(weight.detach() - start)
         made.append(stats["kl"])
     both, *alone = steps

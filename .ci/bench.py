@@ -201,7 +201,7 @@ class Case:
         rows = list(range(self.Q))
         said = asru.sample_groups(self.model, self.pool, rows, self.cfg, self.generator)
         advantage = asru.group_advantage(self.rewarded(said.tokens))
-        asru.update(self.model, [self.reference] * self.Q, self.optimizer, self.trained, self.pool, said, advantage, rows, self.cfg)
+        asru.update(self.model, self.reference, self.optimizer, self.trained, self.pool, said, advantage, rows, self.cfg)
 
     def rewarded(self, tokens):
         texts = [[" ".join(map(str, row)) for row in group] for group in tokens.tolist()]
@@ -447,7 +447,7 @@ def cuda_side(side, name, device="cuda", Q=16, P=350, R=50):
             rows = list(range(Q))
             said = asru.sample_groups(case.model, case.pool, rows, case.cfg, case.generator)
             advantage = torch.randn(Q, case.G)
-            update = lambda: asru.update(case.model, [case.reference] * Q, case.optimizer, case.trained, case.pool, said, advantage, rows,
+            update = lambda: asru.update(case.model, case.reference, case.optimizer, case.trained, case.pool, said, advantage, rows,
                                          case.cfg)
             body, spoken = 2 * weights * Q * (P + case.G * (R - 1)), 2 * head * Q * case.G * R
             passes = 3 if rank else 4       # reference 1, policy 1, backward 2, of which a frozen weight needs one
