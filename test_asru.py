@@ -2488,7 +2488,7 @@ def test_a_flag_beats_the_method_and_the_method_the_model():
     """asru.json of the embedded model says average 0.95; the paper's method keeps the last weights."""
     cfg = lambda *argv: asru.parse_config(["--forget", "x", *argv])
     assert cfg().average == 0.95 and cfg("--method", "asru-paper").average == 0
-    assert cfg("--method", "asru-paper").steps == cfg().steps == 95
+    assert cfg("--method", "asru-paper").steps == cfg().steps == 107
     assert cfg("--method", "asru-paper").lr != cfg().lr                     # asru.json has one for each
     assert cfg("--method", "asru-paper", "--average", "0.5").average == 0.5 and cfg("--method", "steer").skip_rl
 
