@@ -1804,7 +1804,7 @@ def test_layers_below_the_first_that_is_trained_are_computed_once(tiny):
                 layer.mlp.up_proj.weight.add_(0.03 * torch.randn(layer.mlp.up_proj.weight.shape, generator=torch.Generator().manual_seed(0)))
         start = [p.detach().clone() for p in asru.projections(model)]
         A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-        kl = asru.update(model, [reference] * 4, torch.optim.SGD(trained, lr=1.0), trained, pool, said, A, [0, 1, 2, 3], cfg)["kl"]
+        kl = asru.update(model, reference, torch.optim.SGD(trained, lr=1.0), trained, pool, said, A, [0, 1, 2, 3], cfg)["kl"]
         steps[first] = [p.detach() - old for p, old in zip(asru.projections(model), start)], kl
         assert made == list(range(first, len(model.text.layers)))
     (whole, kl), (above, kl_above) = steps.values()
@@ -1826,7 +1826,7 @@ def test_minibatches_are_dealt_out_in_turn(tiny, monkeypatch):
     monkeypatch.setattr(asru, "clipped_surrogate", lambda p, old, *more: ratios.append((p, old)) or surrogate(p, old, *more))
     A = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    asru.update(model, [None] * 4, optimizer, list(model.parameters()), pool, said, A, [0, 1, 2, 3], cfg)
+    asru.update(model, None, optimizer, list(model.parameters()), pool, said, A, [0, 1, 2, 3], cfg)
     places = [sorted(q for q in range(4) if any(torch.equal(tokens[q], t) for t in part)) for part in seen]
     assert places == [[0, 2], [1, 3]]
     (first, same), (moved, old) = ratios
