@@ -257,6 +257,7 @@ def test_rows_of_the_cache_are_copied_and_dropped():
 def test_sampled_log_probabilities_are_those_of_a_pass_without_cache(monkeypatch):
     """Of each token, of samples that part early and late and end early and late; rows of the cache are added and dropped."""
     model, batch, rows, arrange = random_model(), mixed_batch(), [], Cache.arrange
+    monkeypatch.setattr(sys.modules[Cache.__module__], "MANY", 0)
     monkeypatch.setattr(Cache, "arrange", lambda self, *args: (arrange(self, *args), rows.append(self.rows))[0])
     B, G, n = len(batch.input_ids), 8, 24
     object.__setattr__(model.cfg, "eos_token_ids", tuple(range(100, 112)))
