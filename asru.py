@@ -446,7 +446,7 @@ def select_boundary(model, forget, retain, layer, cfg):
 #   q       = log p_ref(token) - log p(token)
 #   L       = - mean over tokens of  min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta (exp(q) - q - 1)
 #             beta: --kl, on forget prompts --kl-forget times that; p_ref: of the model after stage 1, with --kl-before
-#             on all but forget prompts of the one before it: one pass, to which stage 1's change is added on these
+#             on all but forget prompts of the one before it; one pass makes both, adding stage 1's change on forget prompts
 #   p, p_old and p_ref are the distribution that was sampled from: temperature, top-p, no vision tokens.
 
 
