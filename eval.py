@@ -89,9 +89,9 @@ def evaluate(model, proc, samples, exam=None, responses=None, max_new_tokens=50,
     responses = responses or respond(model, proc, exam.prompts, max_new_tokens, batch_size, progress)
     metrics = score(samples, responses)
     if len(exam.blanks):
-        filled = respond(model, proc, exam.blanks, BLANK_TOKENS, batch_size)
+        filled, right = fill_in(model, proc, exam.blanks, batch_size)
         metrics["cloze"] = mean(contains(s["fact"], text) for s, text in zip(exam.blanks.samples, filled))
-        metrics["accuracy"] = mean(choose(model, proc, exam.blanks, batch_size))
+        metrics["accuracy"] = mean(right)
     return metrics
 
 
@@ -240,28 +240,46 @@ def check_pair(model, proc):
 
 
 def respond(model, proc, prompts, max_new_tokens=50, batch_size=64, progress=None, **sampling):
-    """One response per prompt, greedy unless told otherwise: list of str. Prompts of like length share a batch."""
+    """One response per prompt, greedy unless told otherwise: list of str."""
     def answer(rows):
         tokens = model.generate(prompts.batch(rows, model.device), max_new_tokens, **sampling)
         if progress is not None:
             progress.update(len(rows) * world()[1])
         return proc.decode(tokens)
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))
+    order = by_length(prompts)
     said = dict(zip(order, (text for texts in in_turn(answer, chunks(order, batch_size)) for text in texts)))
     return [said[i] for i in range(len(prompts))]
 
 
-@torch.no_grad()
-def choose(model, proc, prompts, batch_size=64):
-    """Is the right option the likeliest, by mean log-probability per token as the answer? List of bool."""
-    def choice(rows):
-        samples = [prompts.samples[i] for i in rows]
-        logp, keep = answer_logp(model, proc, prompts, rows, [list(s["options"].values()) for s in samples])
-        best = answer_means(logp, keep).argmax(-1).tolist()
-        return [list(s["options"])[i] == s["label"] for s, i in zip(samples, best)]
+def by_length(prompts):
+    """Their places, short ones first: prompts of like length are to share a batch."""
+    return sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))
 
-    return [right for part in in_turn(choice, chunks(range(len(prompts)), batch_size)) for right in part]
+
+@torch.no_grad()
+def fill_in(model, proc, prompts, batch_size=64):
+    """What is said to blanks, greedy: list of str; and is the right option the likeliest, by mean log-probability per token?
+    List of bool. An option of which each token is the likeliest is what is said: few are left to be generated."""
+    def weigh(rows):
+        options = [prompts.samples[i]["options"] for i in rows]
+        tokens, keep = answer_tokens(model, proc, [list(group.values()) for group in options])      # (B, G, C)
+        logp = model.distribution(model.continuations(prompts.batch(rows, model.device), tokens, keep))     # (kept, V)
+        best = answer_means(logp.gather(1, tokens[keep][:, None])[:, 0], keep).argmax(-1).tolist()          # (B,)
+        greedy = torch.zeros_like(keep).masked_scatter(keep, logp.argmax(-1) == tokens[keep])       # (B, G, C)
+        said = (greedy == keep).all(-1) & (keep.sum(-1) <= BLANK_TOKENS) & keep[..., 0]             # (B, G)
+        texts = [None] * len(rows)
+        for b, g in said.nonzero().tolist():
+            texts[b], = proc.decode(tokens[b, g][keep[b, g]][None])
+        return [(text, list(group)[i] == prompts.samples[row]["label"])
+                for row, text, group, i in zip(rows, texts, options, best)]
+
+    order = by_length(prompts)
+    found = dict(zip(order, (pair for part in in_turn(weigh, chunks(order, batch_size)) for pair in part)))
+    left = [i for i in order if found[i][0] is None]
+    said = dict(zip(left, respond(model, proc, prompts.take(left), BLANK_TOKENS, batch_size)))
+    texts, right = zip(*(found[i] for i in range(len(prompts))))
+    return [said.get(i, text) for i, text in enumerate(texts)], list(right)
 
 
 def ask_letters(model, proc, samples, pictures=None, batch_size=64):

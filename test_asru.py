@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 import asru
 import eval
 import reward
-from eval import (STAGES, agreement, answer_logp, attack, attack_table, bleu, choose, distorted, encode, load_samples, mark, opened,
+from eval import (STAGES, agreement, answer_logp, attack, attack_table, bleu, distorted, encode, fill_in, load_samples, mark, opened,
                   projections, relearn, report, respond, restored, rouge_n, rounded, score, split_facts, split_sets, ticks, told)
 from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, blocks_of, kernels_work, mrope_positions, open_image, pick, write_aside
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
@@ -1217,17 +1217,24 @@ def plain_logp(model, proc, asked, i, answer):
     return logits.log_softmax(-1), ids.T
 
 
-def test_choose_reads_the_model(tiny):
-    """The likeliest option by the plain way: one row per option, mean log-probability per token."""
+@pytest.mark.parametrize("longest", [16, 2])
+def test_blanks_are_filled_and_weighed_as_the_plain_way_does(tiny, monkeypatch, longest):
+    """Said: what is generated, be it an option, as it is for most, none of them, or longer than it may get. The likeliest
+    option: one row per option, mean log-probability per token."""
     model, proc, data, prompts = tiny()
-    samples = [{**s, "question": s["blank"].replace("__", "[Blank]")} for s in data["test"][:6]]
+    samples = [{**s, "question": eval.blank_question(s)} for s in eval.once_per_fact(data["test"], "blank", "options")[::25]]
+    samples = [{**s, "options": {**s["options"], s["label"]: s["fact"][:-1]}} if i % 3 == 1 else s for i, s in enumerate(samples)]
     asked = encode(model, proc, samples, prompts["forget"].pictures)
     plain = []
     for i, s in enumerate(samples):
         scores = {letter: logp.gather(1, ids).mean().item() for letter, text in s["options"].items()
                   for logp, ids in [plain_logp(model, proc, asked, i, text)]}
         plain.append(max(scores, key=scores.get) == s["label"])
-    assert choose(model, proc, asked) == plain
+    said, generated = respond(model, proc, asked, longest), []
+    monkeypatch.setattr(eval, "BLANK_TOKENS", longest)
+    monkeypatch.setattr(eval, "respond", lambda *args: generated.append(len(args[2])) or respond(*args))
+    assert fill_in(model, proc, asked, 4) == (said, plain)
+    assert len(asked) / 3 <= generated[0] and (generated[0] < len(asked) / 2 or longest == 2)
 
 
 def test_truth_ratio_and_membership_of_made_up_likelihoods(tiny, monkeypatch):
