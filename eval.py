@@ -219,14 +219,15 @@ def encode(model, proc, samples, pictures=None):
         pictures.update({path: (grid, feature.cpu()) for path, grid, feature in zip(paths, grids, features)})
     if not samples:
         return Prompts([], [], pictures)
-    chats = [[{"role": "user", "content": [{"type": "image"}] * bool(s.get("image"))
-               + [{"type": "text", "text": s["question"]}]}] for s in samples]
-    grids = [[pictures[s["image"]][0].tolist()] if s.get("image") else [] for s in samples]
-    batch = proc.tokens(chats, grids)
+    asked = [(s["question"], *(pictures[s["image"]][0].tolist() if s.get("image") else ())) for s in samples]
+    once = list(dict.fromkeys(asked))                   # many are asked the same of another picture of the same size
+    chats = [[{"role": "user", "content": [{"type": "image"}] * bool(grid) + [{"type": "text", "text": question}]}]
+             for question, *grid in once]
+    batch = proc.tokens(chats, [[grid] if grid else [] for _, *grid in once])
     if (highest := int(batch.input_ids.max())) >= model.cfg.text.vocab_size:
         raise ValueError(f"the tokenizer gives token {highest}; vocab_size in config.json: {model.cfg.text.vocab_size}")
-    tokens = [row[mask.bool()] for row, mask in zip(batch.input_ids, batch.attention_mask)]
-    return Prompts(list(samples), tokens, pictures)
+    tokens = dict(zip(once, (row[mask.bool()] for row, mask in zip(batch.input_ids, batch.attention_mask))))
+    return Prompts(list(samples), [tokens[key] for key in asked], pictures)
 
 
 def check_pair(model, proc):
