@@ -697,33 +697,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return Normed.apply(x, self.weight, self.eps) if x.requires_grad and not x.is_cuda else rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x, weight, eps):
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-class Normed(torch.autograd.Function):
-    """`rms_norm` with a backward of six passes; torch's own, which on a CPU is no kernel, takes twice as many.
-
-    y = s w x, s = (mean of x^2 + eps)^-1/2;  dL/dx = s (w g - x s^2 mean of w g x),  dL/dw = sum of s g x;  g = dL/dy
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return rms_norm(x, weight, eps)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]) + ctx.eps).rsqrt_()  # (..., 1)
-        g = gradient * weight                                               # (..., D)
-        along = (g * x).mean(-1, keepdim=True).mul_(scale.square())         # (..., 1)
-        of_weight = (gradient * x * scale).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return torch.addcmul(g, x, along, value=-1).mul_(scale), of_weight, None
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def tree_of(tokens, keep):
