@@ -616,9 +616,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, rope, mask, packing, wanted, cache, hook):
         seen = self.self_attn(self.input_layernorm(x), rope, mask, packing, wanted, cache)
-        x = (x if wanted is None else x[:, wanted]) + seen
-        x = x + self.mlp(self.post_attention_layernorm(x), hook)
-        return x
+        x = seen.add_(x if wanted is None else x[:, wanted])                # in place: on a CPU it is memory that is waited for
+        return self.mlp(self.post_attention_layernorm(x), hook).add_(x)
 
 
 class Attention(nn.Module):
@@ -685,7 +684,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x, hook):
-        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)                 # (B, T, F)
+        gate, up = self.gate_proj(x), self.up_proj(x)                       # (B, T, F) each
+        inner = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
         inner = hook(inner, "mlp_inner", self.index)           # what stage 1's edited matrix multiplies
         return self.down_proj(inner)                                        # (B, T, D)
 
@@ -849,7 +849,7 @@ def turn(angle, dtype):
 def rotate(x, rope):
     """Turn each pair (x[i], x[i + d / 2]) by its angle. x: (..., d), rope: see `turn`."""
     cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ------------------------------------------------------------------------------ vision tower
