@@ -235,6 +235,13 @@ class Packing:
     spread: torch.Tensor                       # (B, W) place in the row of each prompt's tokens; any where there are fewer
     pack: torch.Tensor                         # (1, N) place of each token in (B * W)
     wanted: torch.Tensor = None                # (M,) places in the row whose hidden states are asked for; None: all
+    queries: "Packing" = None                  # of these M, (B, C) the columns from the first of them on
+
+    @classmethod
+    def of(cls, real, **more):
+        """real: (B, W) bool, which slots hold a token."""
+        number = real.flatten().cumsum(0) - 1                               # (B * W,)
+        return cls(number.clamp_min(0).view_as(real), real.flatten().nonzero().T, **more)
 
     @property
     def padded(self):
@@ -244,10 +251,8 @@ class Packing:
         """(1, N, ...) -> (B, W, ...), padding and all; without any both are the same."""
         return move(x, self.spread, self.pack) if self.padded else x.view(*self.spread.shape, *x.shape[2:])
 
-    def row(self, x, wanted=None):
-        """(B, W, ...) -> (1, N, ...), or (1, M, ...) of the wanted places."""
-        if wanted is not None:
-            return at(x, self.pack[:, wanted])
+    def row(self, x):
+        """(B, W, ...) -> (1, N, ...)."""
         return move(x, self.pack, self.spread) if self.padded else x.view(1, -1, *x.shape[2:])
 
 
@@ -274,9 +279,10 @@ class Moved(torch.autograd.Function):
 
 def packed(ids, segments, positions, wanted):
     """Slots (B, W), positions (3, B, W), wanted (B, W) bool -> the fields of a Batch without those that are padding."""
-    real = (segments != PADDING).flatten()                                  # (B * W,)
-    slot, number = real.nonzero().T, real.cumsum(0) - 1                     # (1, N), (B * W,)
-    packing = Packing(number.clamp_min(0).view_as(ids), slot, number[wanted.flatten()])
+    real = segments != PADDING
+    late = wanted[:, int(wanted.any(0).long().argmax()):]                   # (B, C)
+    packing = Packing.of(real, wanted=wanted[real].nonzero()[:, 0], queries=Packing.of(late))
+    slot = packing.pack                                                     # (1, N)
     return dict(input_ids=ids.flatten()[slot], segments=segments, position_ids=positions.flatten(1)[:, slot], packing=packing)
 
 
@@ -635,17 +641,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, cfg.rms_norm_eps)
 
     def forward(self, x, rope, mask, packing, wanted, cache):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), rope)           # (B, T, H, d)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), rope)           # (B, T, K, d)
-        v = self.v_proj(x).view(heads)                                      # (B, T, K, d)
+        heads = lambda x: x.unflatten(-1, (-1, self.head_dim))
+        k = rotate(self.k_norm(heads(self.k_proj(x))), rope)                # (B, T, K, d)
+        v = heads(self.v_proj(x))                                           # (B, T, K, d)
         if packing is not None:
-            q, k, v = map(packing.rows, (q, k, v))                          # (B, W, H or K, d)
+            k, v = packing.rows(k), packing.rows(v)                         # (B, W, K, d)
+        if wanted is not None:      # queries of these alone
+            packing, x, rope = packing.queries, x[:, wanted], [part[:, wanted] for part in rope]
+            mask = mask.unflatten(2, (-1, k.shape[1]))[..., -packing.spread.shape[1]:, :].flatten(2, 3)
+        q = rotate(self.q_norm(heads(self.q_proj(x))), rope)                # (B, T, H, d)
+        if packing is not None:
+            q = packing.rows(q)                                             # (B, W or C, H, d)
         if cache is not None:
             k, v = cache.write(self.index, k, v)                            # (B, S, K, d)
         out = attend(q, k, v, mask)                                         # (B, T, H * d)
         if packing is not None:
-            out = packing.row(out, wanted)                                  # (1, N or M, H * d)
+            out = packing.row(out)                                          # (1, N or M, H * d)
         return self.o_proj(out)
 
 
