@@ -339,14 +339,11 @@ def answer_totals(logp, keep):
 def pad_groups(groups, device):
     """B lists of G token lists -> tokens (B, G, C) and keep (B, G, C); a missing member of a group keeps nothing."""
     B, G = len(groups), max(map(len, groups))
-    C = max(len(row) for group in groups for row in group)
-    tokens = torch.zeros(B, G, C, dtype=torch.long)
-    keep = torch.zeros(B, G, C, dtype=torch.bool)
-    for b, group in enumerate(groups):
-        for g, row in enumerate(group):
-            tokens[b, g, :len(row)] = torch.tensor(row)
-            keep[b, g, :len(row)] = True
-    return tokens.to(device), keep.to(device)
+    rows = [row for group in groups for row in group + [[]] * (G - len(group))]
+    length = torch.tensor([*map(len, rows)]).view(B, G, 1)
+    C = int(length.max())
+    tokens = torch.tensor([row + [0] * (C - len(row)) for row in rows], dtype=torch.long).view(B, G, C)
+    return tokens.to(device), (torch.arange(C) < length).to(device)
 
 
 # ------------------------------------------------------------------------------ the judge
