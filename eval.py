@@ -46,6 +46,7 @@ not one drawn at random.
 """
 import argparse
 import base64
+import gc
 import io
 import json
 import math
@@ -1262,6 +1263,7 @@ def set_up_torch(device=None):
     # Threads may add gradients in any order otherwise. use_deterministic_algorithms sets this too, but imports a compiler first, in 2 s.
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    gc.set_threshold(100_000)           # a search for garbage goes through all samples, and there is none: 1 s of the main job
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                       # graphs are captured and kernels launched on the current one

@@ -587,7 +587,7 @@ class TextModel(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers)])
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False      # activation checkpointing: backward makes each layer's activations again
@@ -709,6 +709,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def embedding(number, width):
+    """An nn.Embedding without weights of its own: to draw them on the meta device torch imports a compiler, in 2 s."""
+    return nn.Embedding.from_pretrained(torch.empty(number, width), freeze=False)
 
 
 def tree_of(tokens, keep):
@@ -873,7 +878,7 @@ class VisionModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.patch_embed = PatchEmbed(cfg)
-        self.pos_embed = nn.Embedding(cfg.num_position_embeddings, cfg.hidden_size)
+        self.pos_embed = embedding(cfg.num_position_embeddings, cfg.hidden_size)
         self.blocks = nn.ModuleList([VisionBlock(cfg) for _ in range(cfg.depth)])
         self.merger = PatchMerger(cfg, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(
