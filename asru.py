@@ -1723,15 +1723,13 @@ def reward_of(cfg):
 
 def evaluate_sets(model, proc, exams, cfg, stage):
     """{set: Exam} -> {set: (metrics, responses)}, with a progress bar over all answers."""
+    asked = sum((exam.prompts for exam in exams.values()), Prompts([], [], {}))     # together: of like length is found in any set
+    with tqdm(total=len(asked), desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True) as bar:
+        said = iter(respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch, bar))
     results = {}
-    total = sum(len(exam.prompts) for exam in exams.values())
-    bar = tqdm(total=total, desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True)
     for name, exam in exams.items():
-        bar.set_postfix_str(name)
-        responses = respond(model, proc, exam.prompts, cfg.max_new_tokens, cfg.eval_batch, bar)
-        found = evaluate(model, proc, exam.prompts.samples, exam, responses, batch_size=cfg.eval_batch)
-        results[name] = found, responses
-    bar.close()
+        responses = [next(said) for _ in exam.prompts.samples]
+        results[name] = evaluate(model, proc, exam.prompts.samples, exam, responses, batch_size=cfg.eval_batch), responses
     return results
 
 
