@@ -1723,7 +1723,7 @@ def reward_of(cfg):
 
 def evaluate_sets(model, proc, exams, cfg, stage):
     """{set: Exam} -> {set: (metrics, responses)}, with a progress bar over all answers."""
-    asked = sum((exam.prompts for exam in exams.values()), Prompts([], [], {}))     # together: of like length is found in any set
+    asked = sum((exam.prompts for exam in exams.values()), Prompts([], [], {}))     # of all sets: more are of like length
     with tqdm(total=len(asked), desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True) as bar:
         said = iter(respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch, bar))
     results = {}

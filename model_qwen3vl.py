@@ -235,7 +235,7 @@ class Packing:
     spread: torch.Tensor                       # (B, W) place in the row of each prompt's tokens; any where there are fewer
     pack: torch.Tensor                         # (1, N) place of each token in (B * W)
     wanted: torch.Tensor = None                # (M,) places in the row whose hidden states are asked for; None: all
-    queries: "Packing" = None                  # of these M, (B, C) the columns from the first of them on
+    queries: "Packing" = None                  # of these M alone, in (B, C): the columns from the first of them on
 
     @classmethod
     def of(cls, real, **more):
