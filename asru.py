@@ -486,7 +486,8 @@ def optimize_boundary(model, proc, forget, boundary, target, cfg, log, unsteered
         said = sample_groups(model, pool, rows, cfg, generator)
 
         # 2 Reward them.
-        texts = [proc.decode(group, pool.samples[i].get("begun", "")) for i, group in zip(rows, said.tokens)]
+        begun = [pool.samples[i].get("begun", "") for i in rows for _ in range(cfg.group)]
+        texts = list(chunks(proc.decode(said.tokens.flatten(0, 1), begun), cfg.group))
         rewards, terms = reward(texts, [pool.samples[i] for i in rows], [roles[i] for i in rows], twins)
         rewards = torch.tensor(rewards)                                     # (Q, G)
 

@@ -1432,9 +1432,12 @@ class Processor:
         x = np.repeat(x.reshape(h * w, 3, 1, p, p), self.temporal, axis=2)   # a still picture, repeated
         return torch.from_numpy(x.reshape(h * w, -1)), (1, h, w)
 
-    def decode(self, tokens, begun=""):
-        """(n, T) token ids -> n texts without special tokens. begun: what stands before them."""
-        return [(begun + text).strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    def decode(self, tokens, begun=None):
+        """(n, T) token ids -> n texts without special tokens. begun: n texts, what stands before each."""
+        rows = list(map(tuple, tokens.tolist()))
+        once = list(dict.fromkeys(rows))            # samples of a prompt often say the same
+        text = dict(zip(once, self.tokenizer.batch_decode(once, skip_special_tokens=True)))
+        return [(before + text[row]).strip() for before, row in zip(begun or [""] * len(rows), rows)]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_name, offline=False):

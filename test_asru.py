@@ -413,7 +413,7 @@ def test_texts_as_they_come(text):
     special = lambda batch: [i for i in batch.input_ids[0].tolist() if i < 8]
     assert special(ask(text)) == special(ask("Who?")) and proc.tokenizer.decode(ask(text).input_ids[0]).count(nfc) >= 3
     answer = proc.plain(text)
-    assert not set(answer) & set(range(8)) and proc.tokenizer.decode(answer) == nfc and proc.decode([answer]) == [nfc.strip()]
+    assert not set(answer) & set(range(8)) and proc.tokenizer.decode(answer) == nfc and proc.decode(torch.tensor([answer])) == [nfc.strip()]
     said = [text, "", nfc, unicodedata.normalize("NFD", text), text[::-1]]
     score([{"question": text, "answer": text, "fact": text}] * 5, said)
     assert contains(text, said[2]) == contains(text, said[3]) == bool(reward.normalize(text)) and rouge_l(text, text) in (0, 1)
