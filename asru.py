@@ -1723,14 +1723,16 @@ def reward_of(cfg):
 
 
 def evaluate_sets(model, proc, exams, cfg, stage):
-    """{set: Exam} -> {set: (metrics, responses)}, with a progress bar over all answers."""
+    """{set: Exam} -> {set: (metrics, responses)}, with a progress bar over all answers and blanks."""
     asked = sum((exam.prompts for exam in exams.values()), Prompts([], [], {}))     # of all sets: more are of like length
-    with tqdm(total=len(asked), desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True) as bar:
+    total, results = len(asked) + sum(len(exam.blanks) for exam in exams.values()), {}
+    with tqdm(total=total, desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True) as bar:
         said = iter(respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch, bar))
-    results = {}
-    for name, exam in exams.items():
-        responses = [next(said) for _ in exam.prompts.samples]
-        results[name] = evaluate(model, proc, exam.prompts.samples, exam, responses, batch_size=cfg.eval_batch), responses
+        for name, exam in exams.items():
+            bar.set_postfix_str(name)
+            responses = [next(said) for _ in exam.prompts.samples]
+            found = evaluate(model, proc, exam.prompts.samples, exam, responses, batch_size=cfg.eval_batch, progress=bar)
+            results[name] = found, responses
     return results
 
 

@@ -90,7 +90,7 @@ def evaluate(model, proc, samples, exam=None, responses=None, max_new_tokens=50,
     responses = responses or respond(model, proc, exam.prompts, max_new_tokens, batch_size, progress)
     metrics = score(samples, responses)
     if len(exam.blanks):
-        filled, right = fill_in(model, proc, exam.blanks, batch_size)
+        filled, right = fill_in(model, proc, exam.blanks, batch_size, progress)
         metrics["cloze"] = mean(contains(s["fact"], text) for s, text in zip(exam.blanks.samples, filled))
         metrics["accuracy"] = mean(right)
     return metrics
@@ -260,7 +260,7 @@ def by_length(prompts):
 
 
 @torch.no_grad()
-def fill_in(model, proc, prompts, batch_size=64):
+def fill_in(model, proc, prompts, batch_size=64, progress=None):
     """What is said to blanks, greedy: list of str; and is the right option the likeliest, by mean log-probability per token?
     List of bool. An option of which each token is the likeliest is what is said: few are left to be generated."""
     def weigh(rows):
@@ -273,6 +273,8 @@ def fill_in(model, proc, prompts, batch_size=64):
         texts = [None] * len(rows)
         for b, g in said.nonzero().tolist():
             texts[b], = proc.decode(tokens[b, g][keep[b, g]][None])
+        if progress is not None:
+            progress.update(len(rows) * world()[1])
         return [(text, list(group)[i] == prompts.samples[row]["label"])
                 for row, text, group, i in zip(rows, texts, options, best)]
 

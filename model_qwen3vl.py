@@ -648,7 +648,7 @@ class Attention(nn.Module):
             k, v = packing.rows(k), packing.rows(v)                         # (B, W, K, d)
         if wanted is not None:      # queries of these alone
             packing, x, rope = packing.queries, x[:, wanted], [part[:, wanted] for part in rope]
-            mask = mask.unflatten(2, (-1, k.shape[1]))[..., -packing.spread.shape[1]:, :].flatten(2, 3)
+            mask = mask.unflatten(2, (-1, k.shape[1]))[..., -packing.spread.shape[1]:, :].flatten(2, 3)     # (B, 1, H / K * C, S)
         q = rotate(self.q_norm(heads(self.q_proj(x))), rope)                # (B, T, H, d)
         if packing is not None:
             q = packing.rows(q)                                             # (B, W or C, H, d)
@@ -696,7 +696,8 @@ class MLP(nn.Module):
 
     def forward(self, x, hook):
         gate, up = self.gate_proj(x), self.up_proj(x)                       # (B, T, F) each
-        inner = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
+        # Where no backward wants gate and silu(gate), inner takes gate's place.
+        inner = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)       # (B, T, F)
         inner = hook(inner, "mlp_inner", self.index)           # what stage 1's edited matrix multiplies
         return self.down_proj(inner)                                        # (B, T, D)
 
