@@ -51,7 +51,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial, partialmethod
-from itertools import chain, cycle, groupby
+from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (Prompts, answer_likelihoods, answer_logp, answer_means, answer_tokens, answer_totals, attack,
-                  check_device, chunks, command, content_words, encode, evaluate, in_turn, judge, ks_test, load_samples,
+                  check_device, chunks, command, content_words, encode, evaluate, in_order, in_turn, judge, ks_test, load_samples,
                   opened, pad_groups, prepare, print_answers, print_table, projections, ratio_questions, report, respond,
                   set_signals, set_up_torch, split_sets, truth_ratios, world)
 from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, sent, tree_of, write_aside
@@ -291,48 +291,29 @@ def collect_activations(model, prompts, layer, cfg, proc=None):
     """At the last prompt token of a layer: down_proj's input (n, F) and the residual stream (n, D), float64.
 
     And down_proj's input at the first `hold` tokens of the own answer of each, n times (n_a, F); without proc at none, nor of
-    an answer that has begun. Prompts that begin alike are a tree, in which they share the picture and more.
+    an answer that has begun.
     """
     F, D = model.cfg.text.intermediate_size, model.cfg.text.hidden_size
     keys, resid = ([torch.empty(0, n, dtype=torch.double, device=model.device)] for n in (F, D))
-    inside, order = [], []
-    for trees in chunks(in_trees(prompts), max(1, cfg.eval_batch // BRANCHES)):
-        rows = [i for tree in trees for i in tree]
+    inside, order = [], in_order(prompts)
+    for rows in chunks(order, cfg.eval_batch):
         said = proc.plain([prompts.samples[i]["answer"] for i in rows]) if proc else [[]] * len(rows)
-        answers = {i: [] if "begun" in prompts.samples[i] else answer[:cfg.hold] for i, answer in zip(rows, said)}
-        begins = [os.path.commonprefix([prompts.tokens[i].tolist() for i in tree]) for tree in trees]
-        asked = [[prompts.tokens[i].tolist()[len(begin):] for i in tree] for tree, begin in zip(trees, begins)]
-        tokens, keep = pad_groups([[rest + answers[i] + [0] for i, rest in zip(*tree)]       # a last token is not read
-                                   for tree in zip(trees, asked)], "cpu")   # (B, G, C)
-        end, c = pad_groups(asked, "cpu")[1].sum(2, keepdim=True), torch.arange(keep.shape[2])          # (B, G, 1), (C,)
-        begun = replace(prompts.take([tree[0] for tree in trees]), tokens=[*map(torch.tensor, begins)])
-        tree, place = model.tree(begun.batch(range(len(begun)), "cpu"), tokens, keep)
-        last, within = (sent(place[keep & found], model.device) for found in (c == end, c > end))       # (b,), (b_a,)
-        length = [len(answers[i]) for i in rows]
-        order += rows
+        answers = [[] if "begun" in prompts.samples[i] else answer[:cfg.hold] for i, answer in zip(rows, said)]
+        tokens, keep = pad_groups([[answer + [0]] for answer in answers], "cpu")                # (B, 1, C) a last token is not read
+        tree, place = model.tree(prompts.batch(rows, "cpu"), tokens, keep)
+        last, within = sent(place[:, 0, 0], model.device), sent(place[..., 1:][keep[..., 1:]], model.device)        # (B,), (b_a,)
 
         def record(value, site, index):
             if index == layer:          # all tokens, (1, N, ...), or those alone that `place` numbers
                 wanted = value[0] if value.shape[1] == len(tree.packing.wanted) else value[0, tree.packing.wanted]
                 (keys if site == "mlp_inner" else resid).append(wanted[last].double())
                 if site == "mlp_inner":
-                    inside.extend(wanted[within].double().split(length))
+                    inside.extend(wanted[within].double().split([*map(len, answers)]))
             return value
 
         model(tree, hook=record)
     back = torch.tensor(order, dtype=torch.long).argsort()
     return *(torch.cat(found)[back.to(model.device)] for found in (keys, resid)), [inside[i] for i in back.tolist()]
-
-
-def in_trees(prompts):
-    """Places of prompts of one picture, or of none, up to BRANCHES that begin alike: as `continuations` these share much."""
-    picture = lambda i: prompts.samples[i].get("image") or ""
-    order = sorted(range(len(prompts)), key=lambda i: (picture(i), prompts.tokens[i].tolist()))
-    trees = [tree for _, same in groupby(order, picture) for tree in chunks(same, BRANCHES)]
-    return sorted(trees, key=lambda tree: sum(len(prompts.tokens[i]) for i in tree))    # of like sizes together
-
-
-BRANCHES = 8        # more share more, but all of a row's tokens are compared with each other
 
 
 def seen_in(model, proc, forget, boundary, cfg):
@@ -683,6 +664,8 @@ def response_logp(model, reference, batch, tokens, keep, cfg, steered=None):
     """
     leader, node, _ = tree_of(tokens, keep)
     number = (node.flatten().long().cumsum(0) - 1).view_as(node)            # (B, G, C)
+    if steered is not None:
+        batch = replace(batch, apart=steered.prompts.long())
     tree, place = model.tree(batch, tokens, keep)
     shared, start, inner = 0 if reference is None else layers_shared(model, reference), None, None
 

@@ -195,11 +195,15 @@ class Prompts:
         T = max(map(len, rows))
         ids = torch.stack([torch.cat([row.new_zeros(T - len(row)), row]) for row in rows])      # (B, T)
         mask = torch.stack([(torch.arange(T) >= T - len(row)).long() for row in rows])          # (B, T)
-        pictures = [self.pictures[self.samples[i]["image"]] for i in indices if self.samples[i].get("image")]
-        grids = torch.stack([grid for grid, _ in pictures]) if pictures else None        # (pictures, 3)
-        seen = [value for _, value in pictures]
-        pixels = torch.cat(seen) if seen and seen[0].dim() == 2 else None
-        return Batch(ids, mask, pixels, grids, seen if pixels is None else None).to(device)
+        paths = [self.samples[i]["image"] for i in indices if self.samples[i].get("image")]
+        if not paths:
+            return Batch(ids, mask).to(device)
+        grids, seen = zip(*(self.pictures[path] for path in paths))
+        grids = torch.stack(grids)                                                              # (pictures, 3)
+        if seen[0].dim() == 2:
+            return Batch(ids, mask, torch.cat(seen), grids).to(device)
+        number = {path: n for n, path in enumerate(paths)}
+        return Batch(ids, mask, None, grids, list(seen), torch.tensor([number[path] for path in paths])).to(device)
 
 
 @torch.no_grad()
@@ -249,14 +253,18 @@ def respond(model, proc, prompts, max_new_tokens=50, batch_size=64, progress=Non
             progress.update(len(rows) * world()[1])
         return proc.decode(tokens)
 
-    order = by_length(prompts)
+    order = in_order(prompts)
     said = dict(zip(order, (text for texts in in_turn(answer, chunks(order, batch_size)) for text in texts)))
     return [said[i] for i in range(len(prompts))]
 
 
-def by_length(prompts):
-    """Their places, short ones first: prompts of like length are to share a batch."""
-    return sorted(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))
+def in_order(prompts):
+    """Their places, those of like length together, and of one picture, which a batch computes once."""
+    def key(i):
+        path = prompts.samples[i].get("image")
+        return (prompts.pictures[path][0].prod().item(), path) if path else (0, ""), len(prompts.tokens[i])
+
+    return sorted(range(len(prompts)), key=key)
 
 
 @torch.no_grad()
@@ -278,7 +286,7 @@ def fill_in(model, proc, prompts, batch_size=64, progress=None):
         return [(text, list(group)[i] == prompts.samples[row]["label"])
                 for row, text, group, i in zip(rows, texts, options, best)]
 
-    order = by_length(prompts)
+    order = in_order(prompts)
     found = dict(zip(order, (pair for part in in_turn(weigh, chunks(order, batch_size)) for pair in part)))
     left = [i for i in order if found[i][0] is None]
     said = dict(zip(left, respond(model, proc, prompts.take(left), BLANK_TOKENS, batch_size)))

@@ -204,8 +204,10 @@ class Batch:
     pixel_values: torch.Tensor = None          # (sum of N, 3 * temporal * p * p) patches, in row order
     image_grid_thw: torch.Tensor = None        # (pictures, 3) patches per picture: 1, rows, columns
     image_features: list = None       # per picture (1 + DeepStack, M, D): what encode_images made of it
+    pictures: torch.Tensor = None              # (pictures,) equal numbers where these are equal; None: no two are
     position_ids: torch.Tensor = None    # (3, B, T) time, height, width; None: computed from the tokens
     segments: torch.Tensor = None              # (B, T) sets of continuations, PROMPT or PADDING; None: prompts alone
+    apart: torch.Tensor = None                 # (B,) packed, rows of unequal numbers share nothing; None: all may share
     packing: "Packing" = None                  # None: the rows as they are, padding and all
 
     def to(self, device):
@@ -231,17 +233,23 @@ PROMPT = PADDING - 1                           # all 62 continuations that there
 
 @dataclass
 class Packing:
-    """N tokens lie in one row, so that nothing is computed for padding, and attend prompt by prompt; `segments` is (B, W)."""
+    """N tokens lie in one row, so that nothing is computed for padding, and attend prompt by prompt; `segments` is (B, W).
+
+    What several prompts begin with alike, a picture say, is there once: all but attention is computed once for them.
+    """
     spread: torch.Tensor                       # (B, W) place in the row of each prompt's tokens; any where there are fewer
-    pack: torch.Tensor                         # (1, N) place of each token in (B * W)
+    pack: torch.Tensor                         # (1, N) place of each token in (B * W), one of those that share it
     wanted: torch.Tensor = None                # (M,) places in the row whose hidden states are asked for; None: all
     queries: "Packing" = None                  # of these M alone, in (B, C): the columns from the first of them on
 
     @classmethod
-    def of(cls, real, **more):
-        """real: (B, W) bool, which slots hold a token."""
-        number = real.flatten().cumsum(0) - 1                               # (B * W,)
-        return cls(number.clamp_min(0).view_as(real), real.flatten().nonzero().T, **more)
+    def of(cls, real, lead=None):
+        """real: (B, W) bool, which slots hold a token; lead: (B, W) the slot in (B * W) that stands for each; None: itself."""
+        own = torch.arange(real.numel(), device=real.device).view_as(real)
+        lead = own if lead is None else lead
+        first = real & (lead == own)                                        # (B, W)
+        number = first.flatten().cumsum(0) - 1                              # (B * W,)
+        return cls(number[lead].clamp_min(0), first.flatten().nonzero().T)
 
     @property
     def padded(self):
@@ -249,41 +257,11 @@ class Packing:
 
     def rows(self, x):
         """(1, N, ...) -> (B, W, ...), padding and all; without any both are the same."""
-        return move(x, self.spread, self.pack) if self.padded else x.view(*self.spread.shape, *x.shape[2:])
+        return at(x, self.spread) if self.padded else x.view(*self.spread.shape, *x.shape[2:])
 
     def row(self, x):
         """(B, W, ...) -> (1, N, ...)."""
-        return move(x, self.pack, self.spread) if self.padded else x.view(1, -1, *x.shape[2:])
-
-
-def move(x, there, back):
-    """`at(x, there)`; back: the place in `there` of each place of x."""
-    return Moved.apply(x, there, back) if x.requires_grad else at(x, there)
-
-
-class Moved(torch.autograd.Function):
-    """(B, T, ...) -> (*there, ...) as `at` does it, and the gradient back likewise: nothing is added up, as no place is met twice.
-
-    What a slot of padding gets for its gradient is another's, and reaches nothing: padding is seen by padding alone.
-    """
-
-    @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.save_for_backward(back)
-        return at(x, there)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return at(gradient, *ctx.saved_tensors), None, None
-
-
-def packed(ids, segments, positions, wanted):
-    """Slots (B, W), positions (3, B, W), wanted (B, W) bool -> the fields of a Batch without those that are padding."""
-    real = segments != PADDING
-    late = wanted[:, int(wanted.any(0).long().argmax()):]                   # (B, C)
-    packing = Packing.of(real, wanted=wanted[real].nonzero()[:, 0], queries=Packing.of(late))
-    slot = packing.pack                                                     # (1, N)
-    return dict(input_ids=ids.flatten()[slot], segments=segments, position_ids=positions.flatten(1)[:, slot], packing=packing)
+        return at(x, self.pack) if self.padded else x.view(1, -1, *x.shape[2:])
 
 
 def no_hook(value, site, layer):
@@ -386,6 +364,31 @@ class Qwen3VL(nn.Module):
             ban[token].fill_(-torch.inf)                                    # ban[token] = -inf would be sent, and waited for
         return F.linear(hidden, self.lm_head.weight, ban)
 
+    def packed(self, batch, ids, segments, positions, wanted):
+        """The Batch of slots (B, W) at positions (3, B, W) with each token once: no padding, and what prompts begin with alike is
+        there for all of them. wanted: (B, W) bool."""
+        (B, W), real, image = ids.shape, segments != PADDING, ids == self.cfg.image_token_id            # (B, W)
+        own = -1 - torch.arange(B, device=ids.device)[:, None]
+        path = torch.where(segments == PROMPT, ids, own)                    # (B, W) what follows a prompt is like no other's
+        image, features, grids = image & real, batch.image_features, batch.image_grid_thw
+        if grids is not None:
+            number = torch.arange(len(grids)) if batch.pictures is None else batch.pictures
+            size = grids.prod(1) // self.cfg.vision.spatial_merge_size**2   # (pictures,) tokens of each
+            path[image] = -1 - B - sent(number, ids.device).repeat_interleave(size)
+        if batch.apart is not None:
+            path += batch.apart[:, None] * 2**32
+        packing = Packing.of(real, prefixes(path, real.long().argmax(1)))
+        if packing.pack.numel() == wanted.sum():        # a hook is to see which of the two it is given
+            packing = Packing.of(real)
+        slot = packing.pack                                                 # (1, N)
+        if batch.pictures is not None:
+            there = torch.zeros(B * W, dtype=torch.bool, device=ids.device).index_fill(0, slot[0], True).view(B, W)
+            features = [f for f, kept in zip(features, there[image][size.cumsum(0) - size].tolist()) if kept]
+        packing.wanted = packing.spread[wanted]                             # (M,)
+        packing.queries = Packing.of(wanted[:, int(wanted.any(0).long().argmax()):])                    # (B, C)
+        return replace(batch, input_ids=ids.flatten()[slot], segments=segments, position_ids=positions.flatten(1)[:, slot],
+                       image_features=features, packing=packing)
+
     def continuations(self, batch, tokens, keep):
         """Hidden states that predict the kept tokens of G continuations per prompt: (kept, D), in keep's order.
 
@@ -418,8 +421,8 @@ class Qwen3VL(nn.Module):
         column = node.flatten(1).cumsum(1).view_as(node).gather(1, leader)  # (B, G, C - 1) where a fed token lies
         source = torch.cat([torch.zeros_like(tokens[..., :1]), column], 2)  # (B, G, C)
         number = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[:, P - 1:]            # (B, 1 + W) place among the wanted
-        tree = replace(batch, **packed(
-            torch.cat([batch.input_ids, ids], 1), segments, torch.cat([positions, place.expand(3, -1, -1)], 2), wanted))
+        tree = self.packed(batch, torch.cat([batch.input_ids, ids], 1), segments,
+                           torch.cat([positions, place.expand(3, -1, -1)], 2), wanted)
         return tree.to(self.device), number.gather(1, source.flatten(1)).view_as(source)
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
@@ -466,7 +469,7 @@ class Qwen3VL(nn.Module):
         real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
         last = (torch.arange(P, device=device) == P - 1).expand(B, P)       # of left-padded rows it is a token
-        hidden = self(replace(batch, **packed(batch.input_ids, PADDING - real.long(), positions, last)), cache=cache)   # (1, B, D)
+        hidden = self(self.packed(batch, batch.input_ids, PADDING - real.long(), positions, last), cache=cache)        # (1, B, D)
         position = positions.amax((0, 2)) + 1                               # (B,)
         row = prompt = torch.arange(B, device=device)           # of each of N nodes: its row of the cache, its prompt
         node = prompt[:, None].expand(B, G)                     # where each sample stands
@@ -728,6 +731,21 @@ def tree_of(tokens, keep):
     sample = torch.arange(tokens.shape[1], device=tokens.device)
     leader = alike.argmax(2)                                                # (B, G, C) the first of those that are 1
     return leader, keep & (leader == sample[:, None]), (alike * 2**sample[:, None]).sum(2)
+
+
+def prefixes(path, start):
+    """What rows begin with alike: path (B, W), row b from column start[b] on -> (B, W), the slot in (B * W) that stands for
+    each, one for all rows in which it and what comes before it are equal."""
+    (B, W), device = path.shape, path.device
+    row, column = torch.arange(B, device=device), torch.arange(W, device=device)
+    at_left = start[:, None] + column                                       # (B, W)
+    path = torch.where(at_left < W, path.gather(1, at_left.clamp_max(W - 1)), -1 - row[:, None])        # the end is like no other
+    order = path.unique(dim=0, return_inverse=True)[1].argsort()            # (B,) what is alike lies together
+    path = path[order]
+    new = torch.cat([torch.ones_like(path[:1]), (path[1:] != path[:-1]).long().cumsum(1)]) > 0          # not as in the row above
+    leader = order[(new * row[:, None]).cummax(0).values]                   # (B, W) the last row in which it was new
+    slot = (leader * W + start[leader] + column)[order.argsort()]
+    return slot.gather(1, (column - start[:, None]).clamp_min(0))
 
 
 def branch(path, member):

@@ -45,7 +45,7 @@ import eval
 import reward
 from eval import (STAGES, agreement, answer_logp, attack, attack_table, bleu, distorted, encode, fill_in, load_samples, mark, opened,
                   projections, relearn, report, respond, restored, rouge_n, rounded, score, split_facts, split_sets, ticks, told)
-from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, blocks_of, kernels_work, mrope_positions, open_image, pick, write_aside
+from model_qwen3vl import PADDING, Batch, Cache, Processor, Qwen3VL, Qwen3VLConfig, blocks_of, kernels_work, mrope_positions, open_image, pick, prefixes, write_aside
 from reward import Reward, contains, forget_reward, is_refusal, retain_reward, rouge_l
 
 HERE = Path(__file__).parent
@@ -211,6 +211,50 @@ def test_continuations_equal_one_at_a_time():
             plain.append(model(Batch(ids, mask, batch.pixel_values, batch.image_grid_thw))[b, P - 1:P - 1 + lengths[b, g]])
     plain = torch.cat(plain)
     assert plain.abs().mean() > 0.1 and (hidden - plain).abs().max() < 1e-5
+
+
+def test_prefixes_are_shared_where_all_before_is_equal():
+    """Random rows of two letters, each from a column of its own on: one slot stands for two just where their prefixes are equal."""
+    path = torch.randint(5, 7, (40, 9), generator=torch.Generator().manual_seed(0))
+    start = torch.randint(0, 9, (40,), generator=torch.Generator().manual_seed(1))
+    leader = prefixes(path, start).flatten().tolist()
+    prefix = {b * 9 + c: tuple(path[b, start[b]:c + 1].tolist()) for b in range(40) for c in range(start[b], 9)}
+    standing = {}
+    for slot, said in prefix.items():
+        assert prefix[leader[slot]] == said and leader[leader[slot]] == leader[slot]
+        standing.setdefault(said, set()).add(leader[slot])
+    assert all(len(slots) == 1 for slots in standing.values()) and len(standing) < 0.7 * len(prefix)
+
+
+def test_what_prompts_begin_with_alike_is_computed_once():
+    """Prompts of two pictures of one size, with continuations: the hidden states and gradient of plain rows, from as many tokens
+    as there are different beginnings; none of rows kept apart is shared."""
+    model, work = random_model(), []
+    a, b = torch.randn(2, 24, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))
+    picture, grids = [START] + [PICTURE] * 6 + [END], torch.tensor([[1, 4, 6]] * 5)
+    rows = [[8, *picture, 30, 31], [8, *picture, 30, 32, 33], [8, *picture, 30, 31], [9, 10], [8, *picture, 30, 31], [9, *picture, 30]]
+    mask = torch.tensor([[0] * (12 - len(row)) + [1] * len(row) for row in rows])
+    plain = Batch(torch.tensor([[PAD] * (12 - len(row)) + row for row in rows]), mask, torch.cat([a, a, b, a, a]), grids)
+    features = [f.detach() for f in model.encode_images(plain.pixel_values, grids)]         # of prompts 0, 1, 2, 4, 5
+    known = replace(plain, pixel_values=None, image_features=features, pictures=torch.tensor([7, 7, 3, 7, 7]))
+    tokens = torch.randint(40, 120, (6, 2, 3), generator=torch.Generator().manual_seed(2))
+    keep = (torch.arange(3) < torch.tensor([[3, 2], [1, 3], [2, 2], [3, 3], [3, 1], [2, 3]])[:, :, None])
+    full = [Batch(torch.cat([plain.input_ids, tokens[:, g]], 1), torch.cat([mask, torch.ones(6, 3, dtype=torch.long)], 1),
+                  plain.pixel_values, grids) for g in (0, 1)]
+    alone = torch.stack([model(part)[:, 11:14] for part in full], 1)[keep]                  # (kept, D)
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
+    names = ["layers.0.self_attn.v_proj.weight", "layers.2.mlp.up_proj.weight", "layers.3.self_attn.k_proj.weight", "embed_tokens.weight"]
+    gradient = lambda hidden: torch.autograd.grad((hidden * weights).sum(), [model.text.get_parameter(n) for n in names])
+    expected, fed = gradient(alone), int(keep[..., 1:].sum())
+    # 11 tokens, 2 of the second prompt, 9 from the other picture on, 2, none, and all but the 9 of the last
+    for batch, prompts, pictures in ((known, 11 + 2 + 9 + 2 + 0 + 9, 3), (replace(known, apart=torch.tensor([0, 0, 0, 0, 1, 1])), 45, 4),
+                                     (replace(known, pictures=None), 11 + 10 + 9 + 2 + 9 + 9, 5)):
+        tree, _ = model.tree(batch, tokens, keep)
+        assert (tree.packing.pack.numel(), len(tree.image_features)) == (prompts + fed, pictures)
+        hidden = model.continuations(batch, tokens, keep)
+        assert alone.abs().mean() > 0.1 and (hidden - alone).abs().max() < 1e-5
+        for mine, theirs in zip(gradient(hidden), expected):
+            assert (mine - theirs).norm() / theirs.norm() < 1e-5
 
 
 def test_samples_differ_repeat_and_end():
