@@ -238,7 +238,8 @@ def test_what_prompts_begin_with_alike_is_computed_once():
     features = [f.detach() for f in model.encode_images(plain.pixel_values, grids)]         # of prompts 0, 1, 2, 4, 5
     known = replace(plain, pixel_values=None, image_features=features, pictures=torch.tensor([7, 7, 3, 7, 7]))
     tokens = torch.randint(40, 120, (6, 2, 3), generator=torch.Generator().manual_seed(2))
-    keep = (torch.arange(3) < torch.tensor([[3, 2], [1, 3], [2, 2], [3, 3], [3, 1], [2, 3]])[:, :, None])
+    tokens[4, 0, :2] = tokens[0, :, 0]              # one after the other, what two samples of the same prompt say
+    keep = torch.arange(3) < torch.tensor([[2, 2], [1, 3], [2, 2], [3, 3], [3, 1], [2, 3]])[:, :, None]
     full = [Batch(torch.cat([plain.input_ids, tokens[:, g]], 1), torch.cat([mask, torch.ones(6, 3, dtype=torch.long)], 1),
                   plain.pixel_values, grids) for g in (0, 1)]
     alone = torch.stack([model(part)[:, 11:14] for part in full], 1)[keep]                  # (kept, D)
