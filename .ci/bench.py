@@ -138,7 +138,7 @@ def shape_of(name):
 class Case:
     """One model, its prompts, and the same work done by us and by transformers."""
 
-    def __init__(self, name, sides=("ours", "transformers"), device="cpu", Q=2, G=8, prompt=350, response=40):
+    def __init__(self, name, sides=("ours", "transformers"), device="cpu", Q=2, G=8, prompt=350, response=40, pictures=None):
         torch.manual_seed(0)
         self.hf_rows = 8 if device != "cpu" else None           # GRPOTrainer's batch; all at once where memory allows
         self.Q, self.G, self.R = (16, 8, 12) if name == "embedded" else (Q, G, response)       # its answers have 11 on average
@@ -150,7 +150,7 @@ class Case:
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
             with torch.device(device):
                 self.model = Qwen3VL(Qwen3VLConfig.from_dict(shape_of(name))).to(dtype).eval()
-            self.batch, self.pool = random_prompts(self.model, self.Q, prompt)
+            self.batch, self.pool = random_prompts(self.model, self.Q, prompt, pictures or self.Q)
         object.__setattr__(self.model.cfg, "eos_token_ids", ())
         self.cfg = asru.Config(group=self.G, max_new_tokens=self.R, temperature=self.temperature, top_p=1.0, prompts=self.Q, minibatch=self.Q,
                                microbatch=self.Q if name == "embedded" else MICROBATCH.get(name, 2))
@@ -260,17 +260,18 @@ def embedded_prompts(model, Q):
     return proc(chats), encode(model, proc, samples)
 
 
-def random_prompts(model, Q, length, h=30, w=40):
-    """Q prompts of `length` random tokens with one picture of h x w patches each."""
-    M = h * w // 4
+def random_prompts(model, Q, length, number, h=30, w=40):
+    """Q prompts of `length` random tokens with a picture of h x w patches each, of which there are `number`."""
+    M, shown = h * w // 4, [q % number for q in range(Q)]
     body = torch.randint(10, 8000, (Q, length - M - 2))
     ids = torch.cat([torch.full((Q, 1), 3), torch.full((Q, M), 6), torch.full((Q, 1), 4), body], 1)
-    grids = torch.tensor([[1, h, w]] * Q)
-    batch = Batch(ids, torch.ones_like(ids), torch.randn(Q * h * w, 3 * 2 * 16 * 16), grids).to(model.device)
+    grids = torch.tensor([[1, h, w]] * number)
+    pixels = torch.randn(number, h * w, 3 * 2 * 16 * 16).to(model.device)
     with torch.no_grad():
-        features = model.encode_images(batch.pixel_values, grids)
-    pictures = {str(q): (grids[q], features[q].cpu()) for q in range(Q)}        # as `encode` keeps them
-    return batch, Prompts([{"image": str(q), "question": "?", "answer": "?"} for q in range(Q)], list(ids), pictures)
+        features = model.encode_images(pixels.flatten(0, 1), grids.to(model.device))
+    pictures = {str(q): (grids[q], features[q].cpu()) for q in range(number)}       # as `encode` keeps them
+    batch = Batch(ids, torch.ones_like(ids), pixels[shown].flatten(0, 1), grids[shown]).to(model.device)
+    return batch, Prompts([{"image": str(q), "question": "?", "answer": "?"} for q in shown], list(ids), pictures)
 
 
 def redirection_seconds(device):
@@ -294,7 +295,8 @@ def seconds(run, device="cpu", times=3):
 def scaling(pairs):
     base = dict(G=8, prompt=350, response=40)
     cases = {"G 8, prompt 350, response 40": base, "G doubled": {**base, "G": 16}, "prompt doubled": {**base, "prompt": 700},
-             "response doubled": {**base, "response": 80}}
+             "response doubled": {**base, "response": 80}, "prompts doubled, from 2 to 4": {**base, "Q": 4},
+             "the 4 about one picture": {**base, "Q": 4, "pictures": 1}}
     first = None
     for label, shape in cases.items():
         case = Case("cpu-shape", ("ours",), **shape).train()
