@@ -64,6 +64,8 @@ def main():
     settings("ours")
     print("\nscaling of our GRPO step, cpu-shape: time / time of the first row")
     scaling(pairs)
+    print("\n16 answers of 12 tokens, cpu-shape, prompts of 350 with 300 image tokens: time / time of the first row")
+    same_pictures(pairs)
     print("\nunmeasured here: --cuda (2B, 4B and 8B shapes)")
 
 
@@ -295,8 +297,7 @@ def seconds(run, device="cpu", times=3):
 def scaling(pairs):
     base = dict(G=8, prompt=350, response=40)
     cases = {"G 8, prompt 350, response 40": base, "G doubled": {**base, "G": 16}, "prompt doubled": {**base, "prompt": 700},
-             "response doubled": {**base, "response": 80}, "prompts doubled, from 2 to 4": {**base, "Q": 4},
-             "the 4 about one picture": {**base, "Q": 4, "pictures": 1}}
+             "response doubled": {**base, "response": 80}}
     first = None
     for label, shape in cases.items():
         case = Case("cpu-shape", ("ours",), **shape).train()
@@ -309,6 +310,19 @@ def scaling(pairs):
         found = statistics.median(times)
         first = first or found
         print(f"  {label:36}{found:>8.3f} s{found / first:>8.2f}")
+
+
+def same_pictures(pairs):
+    cases = {number: Case("cpu-shape", ("ours",), Q=16, pictures=number) for number in (16, 4, 1)}
+    times = {number: [] for number in cases}
+    for _ in range(1 + pairs):
+        for number, case in cases.items():
+            start = time.perf_counter()
+            case.model.generate(case.pool.batch(range(16), "cpu"), 12)
+            times[number].append(time.perf_counter() - start)
+    for number, (_, *found) in times.items():
+        ratio = statistics.median(t / first for t, first in zip(found, times[16][1:]))
+        print(f"  {f'about {number} picture' + 's' * (number > 1):36}{statistics.median(found):>8.3f} s{ratio:>8.2f}")
 
 
 # ------------------------------------------------------------------------------ memory
