@@ -239,6 +239,7 @@ class Packing:
     """
     spread: torch.Tensor                       # (B, W) place in the row of each prompt's tokens; any where there are fewer
     pack: torch.Tensor                         # (1, N) place of each token in (B * W), one of those that share it
+    again: torch.Tensor = None                 # (A,) the other places of those that are shared
     wanted: torch.Tensor = None                # (M,) places in the row whose hidden states are asked for; None: all
     queries: "Packing" = None                  # of these M alone, in (B, C): the columns from the first of them on
 
@@ -249,7 +250,7 @@ class Packing:
         lead = own if lead is None else lead
         first = real & (lead == own)                                        # (B, W)
         number = first.flatten().cumsum(0) - 1                              # (B * W,)
-        return cls(number[lead].clamp_min(0), first.flatten().nonzero().T)
+        return cls(number[lead].clamp_min(0), first.flatten().nonzero().T, (real & ~first).flatten().nonzero()[:, 0])
 
     @property
     def padded(self):
@@ -257,11 +258,38 @@ class Packing:
 
     def rows(self, x):
         """(1, N, ...) -> (B, W, ...), padding and all; without any both are the same."""
-        return at(x, self.spread) if self.padded else x.view(*self.spread.shape, *x.shape[2:])
+        return move(x, self.spread, self.pack, self.again) if self.padded else x.view(*self.spread.shape, *x.shape[2:])
 
     def row(self, x):
         """(B, W, ...) -> (1, N, ...)."""
-        return at(x, self.pack) if self.padded else x.view(1, -1, *x.shape[2:])
+        return move(x, self.pack, self.spread, self.again) if self.padded else x.view(1, -1, *x.shape[2:])
+
+
+def move(x, there, back, again):
+    """`at(x, there)`; back: the place in `there` of each place of x; again: see Packing."""
+    return Moved.apply(x, there, back, again) if x.requires_grad else at(x, there)
+
+
+class Moved(torch.autograd.Function):
+    """(B, T, ...) -> (*there, ...) as `at` does it, and the gradient back likewise: only what is shared is added up.
+
+    What a slot of padding gets for its gradient is another's, and reaches nothing: padding is seen by padding alone.
+    """
+
+    @staticmethod
+    def forward(ctx, x, there, back, again):
+        ctx.save_for_backward(there, back, again)
+        return at(x, there)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        there, back, again = ctx.saved_tensors
+        moved = at(gradient, back)
+        if len(again) and len(there) > 1:               # from one row to many: they all had the token from there
+            moved[0].index_add_(0, there.flatten()[again], gradient.flatten(0, 1)[again])
+        elif len(again):                                # only the first went there
+            moved.flatten(0, 1).index_fill_(0, again, 0)
+        return moved, None, None, None
 
 
 def no_hook(value, site, layer):
