@@ -299,19 +299,22 @@ def collect_activations(model, prompts, layer, cfg, proc=None):
     for rows in chunks(order, cfg.eval_batch):
         said = proc.plain([prompts.samples[i]["answer"] for i in rows]) if proc else [[]] * len(rows)
         answers = [[] if "begun" in prompts.samples[i] else answer[:cfg.hold] for i, answer in zip(rows, said)]
-        tokens, keep = pad_groups([[answer + [0]] for answer in answers], "cpu")                # (B, 1, C) a last token is not read
-        tree, place = model.tree(prompts.batch(rows, "cpu"), tokens, keep)
-        last, within = sent(place[:, 0, 0], model.device), sent(place[..., 1:][keep[..., 1:]], model.device)        # (B,), (b_a,)
+        asked = prompts.take(rows)
+        asked = replace(asked, tokens=[torch.cat([row, row.new_tensor(answer)]) for row, answer in zip(asked.tokens, answers)])
+        batch, size = asked.batch(range(len(rows)), model.device), torch.tensor([1 + len(answer) for answer in answers])    # (B,)
+        T = batch.input_ids.shape[1]
+        batch = model.packed(batch, sent(torch.arange(T) >= T - size[:, None], model.device))
+        last = sent(size.cumsum(0) - size, model.device)                    # (B,) among those asked for
 
         def record(value, site, index):
-            if index == layer:          # all tokens, (1, N, ...), or those alone that `place` numbers
-                wanted = value[0] if value.shape[1] == len(tree.packing.wanted) else value[0, tree.packing.wanted]
+            if index == layer:          # of all tokens, (1, N, ...), or of those alone that are asked for
+                wanted = value[0] if value.shape[1] == len(batch.packing.wanted) else value[0, batch.packing.wanted]
                 (keys if site == "mlp_inner" else resid).append(wanted[last].double())
                 if site == "mlp_inner":
-                    inside.extend(wanted[within].double().split([*map(len, answers)]))
+                    inside.extend(part[1:] for part in wanted.double().split(size.tolist()))
             return value
 
-        model(tree, hook=record)
+        model(batch, hook=record, stop=layer + 1)
     back = torch.tensor(order, dtype=torch.long).argsort()
     return *(torch.cat(found)[back.to(model.device)] for found in (keys, resid)), [inside[i] for i in back.tolist()]
 
@@ -386,14 +389,16 @@ def solve_redirection(moves, held, ridge):
     if len({keys.shape[1] for keys in groups}) != 1 or any(len(keys) != len(shift) for keys, shift in asked):
         shapes = [list(x.shape) for x in (*(x for pair in moves for x in pair), *held)]
         raise ValueError(f"keys, their shifts and held keys do not fit each other: {shapes}")
+    n, width = sum(map(len, groups)), groups[0].shape[1]
+    gamma = ridge * sum(keys.square().sum() / len(keys) for keys in groups)
+    system = lambda gram: gram + gamma * torch.eye(len(gram)).to(gram)
+    if n > width:
+        gram = sum(keys.T @ keys / len(keys) for keys in groups)            # K^T K (F, F), and K is never made
+        return torch.linalg.solve(system(gram), sum(keys.T @ shift / len(keys) for keys, shift in asked)).T
     K = torch.cat([keys / len(keys)**0.5 for keys in groups])               # (n, F)
     shift = torch.cat([shift / len(shift)**0.5 for _, shift in asked])
-    T = torch.nn.functional.pad(shift, (0, 0, 0, len(K) - len(shift)))      # (n, D)
-    n, width = K.shape
-    gamma = ridge * K.square().sum()
-    if n <= width:
-        return torch.linalg.solve(K @ K.T + gamma * torch.eye(n).to(K), T).T @ K
-    return torch.linalg.solve(K.T @ K + gamma * torch.eye(width).to(K), K.T @ T).T
+    T = torch.nn.functional.pad(shift, (0, 0, 0, n - len(shift)))           # (n, D)
+    return torch.linalg.solve(system(K @ K.T), T).T @ K
 
 
 def select_boundary(model, forget, retain, layer, cfg):

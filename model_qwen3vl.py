@@ -337,34 +337,36 @@ class Qwen3VL(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
-    def forward(self, batch, hook=no_hook, cache=None, start=None):
+    def forward(self, batch, hook=no_hook, cache=None, start=None, stop=None):
         """Tokens and pictures -> hidden states after the last norm, (B, T, D); of a packed batch (1, N, D) or (1, M, D).
 
         hook(value, site, layer) -> value is called at two sites of every decoder layer, and what it returns goes
         on: "mlp_inner" (B, T, F), which down_proj multiplies, and "resid" (B, T, D), the residual stream as the
         next layer reads it. cache: a Cache to read earlier tokens from and append these to. start: (n, x), the layers from
-        n on alone, of which the first reads x. Where only some hidden states are wanted, the last layer makes keys and
-        values alone of the others, and its hooks do not see them.
+        n on alone, of which the first reads x; stop: those before it alone, for what the hooks see. Where only some hidden
+        states are wanted, the last layer makes keys and values alone of the others, and its hooks do not see them.
         Raises ValueError where image tokens and pictures do not match.
         """
-        ids = batch.input_ids                                               # (B, T)
-        segments = batch.segments
-        if segments is None:
-            mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask
-            segments = PADDING - mask.long()                                # (B, T) PADDING or PROMPT
-        positions = batch.position_ids
-        if positions is None:
-            positions = mrope_positions(ids, segments != PADDING, batch.image_grid_thw, self.cfg)  # (3, B, T)
+        ids, given, batch = batch.input_ids, batch.position_ids is not None, self.located(batch)        # (B, T)
         x = self.text.embed_tokens(ids)                                     # (B, T, D)
         slots, features = None, self._image_features(batch)
         if features is not None:
             is_image, M = ids == self.cfg.image_token_id, features.shape[1]
-            if batch.position_ids is None and int(is_image.sum()) != M:     # else it was seen when they were made
+            if not given and int(is_image.sum()) != M:    # else it was seen when they were made
                 raise ValueError(f"the text has {int(is_image.sum())} image tokens, the pictures give {M}")
             slots = torch.nonzero_static(is_image, size=M).unbind(1)        # two of (M,); that M is known spares a wait
             x = x.index_put(slots, features[0].to(x.dtype))
         first, x = start or (0, x)
-        return self.text(x, positions, segments, batch.packing, slots, features, cache, hook, first)
+        return self.text(x, batch.position_ids, batch.segments, batch.packing, slots, features, cache, hook, first, stop)
+
+    def located(self, batch):
+        """The Batch with segments and positions, those of prompts alone where it has none."""
+        ids, segments, positions = batch.input_ids, batch.segments, batch.position_ids
+        if segments is None:
+            segments = PADDING - (torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask.long())    # (B, T)
+        if positions is None:
+            positions = mrope_positions(ids, segments != PADDING, batch.image_grid_thw, self.cfg)       # (3, B, T)
+        return replace(batch, segments=segments, position_ids=positions)
 
     def _image_features(self, batch):
         """(1 + DeepStack, tokens of all pictures, D), or None for text alone."""
@@ -392,10 +394,12 @@ class Qwen3VL(nn.Module):
             ban[token].fill_(-torch.inf)                                    # ban[token] = -inf would be sent, and waited for
         return F.linear(hidden, self.lm_head.weight, ban)
 
-    def packed(self, batch, ids, segments, positions, wanted):
-        """The Batch of slots (B, W) at positions (3, B, W) with each token once: no padding, and what prompts begin with alike is
-        there for all of them. wanted: (B, W) bool."""
-        (B, W), real, image = ids.shape, segments != PADDING, ids == self.cfg.image_token_id            # (B, W)
+    def packed(self, batch, wanted):
+        """The Batch with each token once: no padding, and what prompts begin with alike is there for all of them. wanted: (B, W)
+        bool, whose hidden states are asked for."""
+        batch = self.located(batch)
+        ids, segments = batch.input_ids, batch.segments                     # (B, W) each
+        (B, W), real, image = ids.shape, segments != PADDING, ids == self.cfg.image_token_id
         own = -1 - torch.arange(B, device=ids.device)[:, None]
         path = torch.where(segments == PROMPT, ids, own)                    # (B, W) what follows a prompt is like no other's
         image, features, grids = image & real, batch.image_features, batch.image_grid_thw
@@ -414,7 +418,7 @@ class Qwen3VL(nn.Module):
             features = [f for f, kept in zip(features, there[image][size.cumsum(0) - size].tolist()) if kept]
         packing.wanted = packing.spread[wanted]                             # (M,)
         packing.queries = Packing.of(wanted[:, int(wanted.any(0).long().argmax()):])                    # (B, C)
-        return replace(batch, input_ids=ids.flatten()[slot], segments=segments, position_ids=positions.flatten(1)[:, slot],
+        return replace(batch, input_ids=ids.flatten()[slot], position_ids=batch.position_ids.flatten(1)[:, slot],
                        image_features=features, packing=packing)
 
     def continuations(self, batch, tokens, keep):
@@ -433,24 +437,23 @@ class Qwen3VL(nn.Module):
         What is given may lie on the CPU, so that a GPU goes on with its work meanwhile; the Batch is on the model's device.
         """
         B, G, C = tokens.shape
-        P, device = batch.input_ids.shape[1], tokens.device
-        real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, self.cfg)  # (3, B, P)
+        P, batch = batch.input_ids.shape[1], self.located(batch)
+        positions = batch.position_ids                                      # (3, B, P)
         fed = keep[..., 1:]                             # (B, G, C - 1) a last token predicts nothing
         leader, node, through = tree_of(tokens[..., :-1], fed)              # (B, G, C - 1) each
         order = (~node).flatten(1).long().argsort(dim=1, stable=True)       # (B, G * (C - 1)) nodes first
         order = order[:, :int(node.sum((1, 2)).max())]                      # (B, W)
         ids, inside, through = (x.flatten(1).gather(1, order) for x in (tokens[..., :-1], node, through))
         place = positions.amax((0, 2))[:, None] + 1 + order % max(C - 1, 1)                                 # (B, W)
-        segments = torch.cat([PADDING - real, through.masked_fill(~inside, PADDING)], 1)                    # (B, P + W)
-        wanted = torch.cat([torch.zeros_like(real, dtype=torch.bool), inside], 1)
+        segments = torch.cat([batch.segments, through.masked_fill(~inside, PADDING)], 1)                    # (B, P + W)
+        wanted = torch.cat([torch.zeros_like(batch.input_ids, dtype=torch.bool), inside], 1)
         wanted[:, P - 1] = True
         # The first token is predicted by the end of the prompt, token c by the column that token c - 1 went to.
         column = node.flatten(1).cumsum(1).view_as(node).gather(1, leader)  # (B, G, C - 1) where a fed token lies
         source = torch.cat([torch.zeros_like(tokens[..., :1]), column], 2)  # (B, G, C)
         number = (wanted.flatten().cumsum(0) - 1).view_as(wanted)[:, P - 1:]            # (B, 1 + W) place among the wanted
-        tree = self.packed(batch, torch.cat([batch.input_ids, ids], 1), segments,
-                           torch.cat([positions, place.expand(3, -1, -1)], 2), wanted)
+        tree = self.packed(replace(batch, input_ids=torch.cat([batch.input_ids, ids], 1), segments=segments,
+                                   position_ids=torch.cat([positions, place.expand(3, -1, -1)], 2)), wanted)
         return tree.to(self.device), number.gather(1, source.flatten(1)).view_as(source)
 
     def distribution(self, hidden, temperature=1.0, top_p=1.0, support=None, include=None):
@@ -494,11 +497,10 @@ class Qwen3VL(nn.Module):
         captured, graph = self.captured and device.type == "cuda" and kernels_work(device), None
         cache = Cache(cfg.text, B, self.lm_head.weight.dtype, device)
         cache.make_room(P + (G * (max_new_tokens - 1) if captured else ROOM))       # a captured step cannot grow
-        real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        positions = mrope_positions(batch.input_ids, real.bool(), batch.image_grid_thw, cfg)
+        batch = self.located(batch)
         last = (torch.arange(P, device=device) == P - 1).expand(B, P)       # of left-padded rows it is a token
-        hidden = self(self.packed(batch, batch.input_ids, PADDING - real.long(), positions, last), cache=cache)        # (1, B, D)
-        position = positions.amax((0, 2)) + 1                               # (B,)
+        hidden = self(self.packed(batch, last), cache=cache)                # (1, B, D)
+        position = batch.position_ids.amax((0, 2)) + 1                               # (B,)
         row = prompt = torch.arange(B, device=device)           # of each of N nodes: its row of the cache, its prompt
         node = prompt[:, None].expand(B, G)                     # where each sample stands
 
@@ -623,16 +625,16 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False      # activation checkpointing: backward makes each layer's activations again
 
-    def forward(self, x, positions, segments, packing, slots, features, cache, hook, first=0):
+    def forward(self, x, positions, segments, packing, slots, features, cache, hook, first, stop):
         rope = mrope_cos_sin(positions, self.cfg, x.dtype)                  # two of (B, T, 1, d)
         if cache is not None:
             cache.make_room(segments.shape[1])
         mask = visible(segments, cache, self.cfg.num_attention_heads // self.cfg.num_key_value_heads, x.dtype)
         deep = 0 if features is None else len(features) - 1
-        wanted = None if packing is None else packing.wanted
-        for i, layer in list(enumerate(self.layers))[first:]:
+        wanted, stop = None if packing is None else packing.wanted, stop or len(self.layers)
+        for i, layer in list(enumerate(self.layers))[first:stop]:
             again = self.recompute and torch.is_grad_enabled()
-            left = wanted if i + 1 == len(self.layers) > deep else None
+            left = wanted if i + 1 == stop > deep else None
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if again else layer
             x = run(x, rope, mask, packing, left, cache, hook)              # (B, T, D)
             if i < deep:                                   # DeepStack: detail enters after early layers
@@ -877,10 +879,7 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
         first, back, places = [], [], [offset[:, 0, :0].cpu()]
         for t, h, w in grids:
             h, w = h // cfg.vision.spatial_merge_size, w // cfg.vision.spatial_merge_size
-            place = torch.zeros(3, t * h * w, dtype=torch.long)
-            place[1] = torch.arange(h).repeat_interleave(w).repeat(t)
-            place[2] = torch.arange(w).repeat(h * t)
-            places.append(place)
+            places.append(within_picture(t, h, w))
             first += [max(h, w)] + [0] * (t * h * w - 1)      # the first token moves on for the picture
             back += [max(h, w)] * (t * h * w)
         if len(back) != int(is_image.sum()):
@@ -889,6 +888,15 @@ def mrope_positions(ids, real, image_grid_thw, cfg):
         offset[:, is_image] = torch.cat(places, dim=1).to(ids.device) - torch.tensor(back, device=ids.device)
     offset[:, ~is_image] -= 1
     return (step.cumsum(1) + offset).clamp_min(0)
+
+
+@lru_cache(256)
+def within_picture(t, h, w):
+    """Time, which is 0, row and column of each of a picture's tokens, (3, t * h * w)."""
+    place = torch.zeros(3, t * h * w, dtype=torch.long)
+    place[1] = torch.arange(h).repeat_interleave(w).repeat(t)
+    place[2] = torch.arange(w).repeat(h * t)
+    return place
 
 
 def mrope_cos_sin(positions, cfg, dtype):

@@ -1465,7 +1465,10 @@ def test_activations_are_those_of_each_prompt_alone(tiny):
     assert len({len(row) for row in some.tokens}) > 4 and mixed != sorted(mixed)
     for layer in (1, 3):
         inside = []
-        keys, resid, held = asru.collect_activations(model, some, layer, cfg, proc)
+        above = []
+        with model.text.layers[2].register_forward_pre_hook(lambda *args: above.append(args)):
+            keys, resid, held = asru.collect_activations(model, some, layer, cfg, proc)
+        assert bool(above) == (layer > 1)           # what is not looked at is not computed
         for i, s in enumerate(some.samples):
             answer = torch.tensor([proc.plain(s["answer"])[:3]])
             alone = some.batch([i], "cpu")
