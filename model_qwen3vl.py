@@ -832,7 +832,7 @@ def pick(sums, within, point):
 
 def blocks_of(p):
     """(N, V) -> what `pick` wants of it."""
-    blocks = p.view(len(p), -1, math.gcd(p.shape[1], 128))                  # (N, V / b, b)
+    blocks = p.view(len(p), -1, math.gcd(p.shape[1], 32))                   # (N, V / b, b)
     return blocks.sum(-1, dtype=torch.float64), lambda block: blocks.gather(1, block[..., None].expand(-1, -1, blocks.shape[2]))
 
 
