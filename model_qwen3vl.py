@@ -495,7 +495,8 @@ class Qwen3VL(nn.Module):
 
         # 1 Prefill: every prompt once, whatever the number of its samples.
         captured, graph = self.captured and device.type == "cuda" and kernels_work(device), None
-        cache = Cache(cfg.text, B, self.lm_head.weight.dtype, device)
+        spare = 0 if captured or G == 1 or B < MANY else B // 2             # rows that samples will part into
+        cache = Cache(cfg.text, B, self.lm_head.weight.dtype, device, spare)
         cache.make_room(P + (G * (max_new_tokens - 1) if captured else ROOM))       # a captured step cannot grow
         batch = self.located(batch)
         last = (torch.arange(P, device=device) == P - 1).expand(B, P)       # of left-padded rows it is a token
@@ -1053,11 +1054,12 @@ class PatchMerger(nn.Module):
 class Cache:
     """Keys and values of earlier tokens. Samples of one prompt share its row and its prefix, till they part too far."""
 
-    def __init__(self, cfg, rows, dtype, device):
+    def __init__(self, cfg, rows, dtype, device, spare=0):
+        """Of so many rows, with room for some more."""
         self.sizes = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
         self.kind = {"dtype": dtype, "device": device}
         self.rows, self.end = rows, 0                            # rows and slots in use; the forward moves the end on
-        self.k, self.v, self.segments = self._room(rows, 0)
+        self.k, self.v, self.segments = self._room(rows + spare, 0)
 
     def _room(self, rows, slots):
         slots += -slots % 8                                      # CUDA's attention wants its masks aligned
