@@ -63,9 +63,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import (Prompts, answer_likelihoods, answer_logp, answer_means, answer_tokens, answer_totals, attack,
-                  check_device, chunks, command, content_words, encode, evaluate, in_order, in_turn, judge, ks_test, load_samples,
-                  opened, pad_groups, prepare, print_answers, print_table, projections, ratio_questions, report, respond,
-                  set_signals, set_up_torch, split_sets, truth_ratios, world)
+                  check_device, chunks, command, content_words, encode, evaluate, in_order, in_turn, judge, ks_test,
+                  load_samples, opened, prepare, print_answers, print_table, projections, ratio_questions,
+                  report, respond, set_signals, set_up_torch, split_sets, truth_ratios, world)
 from model_qwen3vl import DecoderLayer, Processor, Qwen3VL, aside, read_json, sent, tree_of, write_aside
 from reward import REFUSAL, Reward, contains, is_refusal, names_in, normalize, rouge_l
 

@@ -395,18 +395,20 @@ class Qwen3VL(nn.Module):
         return F.linear(hidden, self.lm_head.weight, ban)
 
     def packed(self, batch, wanted):
-        """The Batch with each token once: no padding, and what prompts begin with alike is there for all of them. wanted: (B, W)
-        bool, whose hidden states are asked for."""
-        batch = self.located(batch)
-        ids, segments = batch.input_ids, batch.segments                     # (B, W) each
-        (B, W), real, image = ids.shape, segments != PADDING, ids == self.cfg.image_token_id
-        own = -1 - torch.arange(B, device=ids.device)[:, None]
-        path = torch.where(segments == PROMPT, ids, own)                    # (B, W) what follows a prompt is like no other's
-        image, features, grids = image & real, batch.image_features, batch.image_grid_thw
+        """The Batch with each token once: no padding, and what prompts begin with alike is there for all of them.
+
+        wanted: (B, W) bool, whose hidden states are asked for.
+        """
+        batch, device = self.located(batch), wanted.device
+        ids, segments, grids, features = batch.input_ids, batch.segments, batch.image_grid_thw, batch.image_features
+        B, real = len(ids), segments != PADDING                             # (B, W)
+        # What makes two tokens alike: of pictures it is which, and what follows a prompt is like no other row's.
+        path = torch.where(segments == PROMPT, ids, -1 - torch.arange(B, device=device)[:, None])       # (B, W)
         if grids is not None:
+            image = real & (ids == self.cfg.image_token_id)
             number = torch.arange(len(grids)) if batch.pictures is None else batch.pictures
-            size = grids.prod(1) // self.cfg.vision.spatial_merge_size**2   # (pictures,) tokens of each
-            path[image] = -1 - B - sent(number, ids.device).repeat_interleave(size)
+            size = sent(grids, device).prod(1) // self.cfg.vision.spatial_merge_size**2     # (pictures,) tokens of each
+            path[image] = -1 - B - sent(number, device).repeat_interleave(size)
         if batch.apart is not None:
             path += batch.apart[:, None] * 2**32
         packing = Packing.of(real, prefixes(path, real.long().argmax(1)))
@@ -414,10 +416,10 @@ class Qwen3VL(nn.Module):
             packing = Packing.of(real)
         slot = packing.pack                                                 # (1, N)
         if batch.pictures is not None:
-            there = torch.zeros(B * W, dtype=torch.bool, device=ids.device).index_fill(0, slot[0], True).view(B, W)
+            there = torch.zeros_like(real).flatten().index_fill(0, slot[0], True).view_as(real)
             features = [f for f, kept in zip(features, there[image][size.cumsum(0) - size].tolist()) if kept]
         packing.wanted = packing.spread[wanted]                             # (M,)
-        packing.queries = Packing.of(wanted[:, int(wanted.any(0).long().argmax()):])                    # (B, C)
+        packing.queries = Packing.of(wanted[:, int(wanted.any(0).long().argmax()):])        # (B, C)
         return replace(batch, input_ids=ids.flatten()[slot], position_ids=batch.position_ids.flatten(1)[:, slot],
                        image_features=features, packing=packing)
 
@@ -501,7 +503,7 @@ class Qwen3VL(nn.Module):
         batch = self.located(batch)
         last = (torch.arange(P, device=device) == P - 1).expand(B, P)       # of left-padded rows it is a token
         hidden = self(self.packed(batch, last), cache=cache)                # (1, B, D)
-        position = batch.position_ids.amax((0, 2)) + 1                               # (B,)
+        position = batch.position_ids.amax((0, 2)) + 1                      # (B,)
         row = prompt = torch.arange(B, device=device)           # of each of N nodes: its row of the cache, its prompt
         node = prompt[:, None].expand(B, G)                     # where each sample stands
 
@@ -771,7 +773,7 @@ def prefixes(path, start):
     row, column = torch.arange(B, device=device), torch.arange(W, device=device)
     at_left = start[:, None] + column                                       # (B, W)
     path = torch.where(at_left < W, path.gather(1, at_left.clamp_max(W - 1)), -1 - row[:, None])        # the end is like no other
-    order = path.unique(dim=0, return_inverse=True)[1].argsort()            # (B,) what is alike lies together
+    order = path.unique(dim=0, return_inverse=True)[1].argsort(stable=True)             # (B,) what is alike lies together
     path = path[order]
     new = torch.cat([torch.ones_like(path[:1]), (path[1:] != path[:-1]).long().cumsum(1)]) > 0          # not as in the row above
     leader = order[(new * row[:, None]).cummax(0).values]                   # (B, W) the last row in which it was new
