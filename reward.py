@@ -413,7 +413,7 @@ def normalize(text):
 def fold(text):
     """Lower case, no accents, one kind of apostrophe, nothing unseen between letters (soft hyphens, zero-width spaces)."""
     text = unicodedata.normalize("NFKD", text.lower().translate(QUOTES))
-    return "".join(c for c in text if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+    return text if text.isascii() else "".join(c for c in text if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
 
 
 QUOTES = str.maketrans("\u2019\u2018\u02bc\u00b4`", "'''''")
