@@ -301,9 +301,9 @@ def collect_activations(model, prompts, layer, cfg, proc=None):
         answers = [[] if "begun" in prompts.samples[i] else answer[:cfg.hold] for i, answer in zip(rows, said)]
         asked = prompts.take(rows)
         asked = replace(asked, tokens=[torch.cat([row, row.new_tensor(answer)]) for row, answer in zip(asked.tokens, answers)])
-        batch, size = asked.batch(range(len(rows)), model.device), torch.tensor([1 + len(answer) for answer in answers])    # (B,)
+        batch, size = asked.batch(range(len(rows)), "cpu"), torch.tensor([1 + len(answer) for answer in answers])       # (B,)
         T = batch.input_ids.shape[1]
-        batch = model.packed(batch, sent(torch.arange(T) >= T - size[:, None], model.device))
+        batch = model.packed(batch, torch.arange(T) >= T - size[:, None]).to(model.device)
         last = sent(size.cumsum(0) - size, model.device)                    # (B,) among those asked for
 
         def record(value, site, index):
@@ -1712,7 +1712,7 @@ def reward_of(cfg):
 
 def evaluate_sets(model, proc, exams, cfg, stage):
     """{set: Exam} -> {set: (metrics, responses)}, with a progress bar over all answers and blanks."""
-    asked = sum((exam.prompts for exam in exams.values()), Prompts([], [], {}))     # of all sets: more are of like length
+    asked = sum((exam.prompts for exam in exams.values()), Prompts([], [], {}))     # of all sets: more show the same picture
     total, results = len(asked) + sum(len(exam.blanks) for exam in exams.values()), {}
     with tqdm(total=total, desc=f"evaluate {stage}", unit="answer", dynamic_ncols=True) as bar:
         said = iter(respond(model, proc, asked, cfg.max_new_tokens, cfg.eval_batch, bar))

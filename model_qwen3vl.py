@@ -412,7 +412,7 @@ class Qwen3VL(nn.Module):
         if batch.apart is not None:
             path += batch.apart[:, None] * 2**32
         packing = Packing.of(real, prefixes(path, real.long().argmax(1)))
-        if packing.pack.numel() == wanted.sum():        # a hook is to see which of the two it is given
+        if packing.pack.numel() == wanted.sum():        # by their number a hook tells all tokens from those asked for
             packing = Packing.of(real)
         slot = packing.pack                                                 # (1, N)
         if batch.pictures is not None:
@@ -767,12 +767,13 @@ def tree_of(tokens, keep):
 
 
 def prefixes(path, start):
-    """What rows begin with alike: path (B, W), row b from column start[b] on -> (B, W), the slot in (B * W) that stands for
-    each, one for all rows in which it and what comes before it are equal."""
+    """What rows begin with alike: path (B, W), of which row b begins at column start[b], (B,) -> (B, W), the slot in (B * W)
+    that stands for each: one for all rows in which it and what comes before it are equal. Before a start any.
+    """
     (B, W), device = path.shape, path.device
     row, column = torch.arange(B, device=device), torch.arange(W, device=device)
-    at_left = start[:, None] + column                                       # (B, W)
-    path = torch.where(at_left < W, path.gather(1, at_left.clamp_max(W - 1)), -1 - row[:, None])        # the end is like no other
+    there = start[:, None] + column                                         # (B, W) rows are moved to the left
+    path = torch.where(there < W, path.gather(1, there.clamp_max(W - 1)), -1 - row[:, None])            # behind them is like no other
     order = path.unique(dim=0, return_inverse=True)[1].argsort(stable=True)             # (B,) what is alike lies together
     path = path[order]
     new = torch.cat([torch.ones_like(path[:1]), (path[1:] != path[:-1]).long().cumsum(1)]) > 0          # not as in the row above
